@@ -1,0 +1,1 @@
+"""The `sparseflow` command: one thin file a subcommand."""

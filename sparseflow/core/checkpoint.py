@@ -1,0 +1,200 @@
+"""A transformers OPT checkpoint, read one tensor at a time.
+
+Safetensors or `pytorch_model*.bin` (weights only), single or sharded; a local folder or a hub id.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseflow.core.config import dtype_name, require_relu_opt
+from sparseflow.errors import DiskError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import OPTConfig
+
+# Copied into the store as they are, where the checkpoint has them.
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+def locate(name: str) -> Path:
+    """The folder of a checkpoint: `name` itself, or where the hub's cache has it (downloaded if allowed).
+
+    Raises:
+        DiskError: there is no such folder, and the hub does not have it or cannot be asked.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise DiskError(f"{name}: is a file; give the checkpoint's folder")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DiskError(
+            f"{name}: no such folder; give a checkpoint folder, a store or a hub id such as facebook/opt-1.3b"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        patterns = ["config.json", *COMPANION_FILES, *_WEIGHT_PATTERNS]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise DiskError(
+            f"{name}: no folder of that name, and not in the hub's cache ({os.environ.get('HF_HOME', 'HF_HOME unset')}) "
+            "while the hub cannot be asked; download it first, or give a local folder"
+        ) from error
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise DiskError(f"{name}: no folder of that name, and the hub says: {error}") from error
+
+
+class Checkpoint:
+    """One checkpoint folder: its configuration, and its tensors by name without the prefix `model.`."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            DiskError: files are missing. UnsupportedModel: not a ReLU OPT.
+        """
+        self.folder = folder
+        self.config = _read_config(folder)
+        self._file_of = _index(folder)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._opened: tuple[str, Mapping[str, Any]] | None = None
+
+    def files(self) -> list[Path]:
+        """The files that hold weights."""
+        return sorted({self.folder / name for name in self._file_of.values()})
+
+    def __contains__(self, name: str) -> bool:
+        return self._key(name) is not None
+
+    def dtype(self) -> str:
+        """dtype of the first fc1, which stands for all.
+
+        Raises:
+            UnsupportedModel: not float16, bfloat16 or float32.
+        """
+        dtype = str(self.tensor("decoder.layers.0.fc1.weight").dtype)
+        with suppress(ValueError):
+            return dtype_name(dtype)
+        raise UnsupportedModel(
+            f"{self.folder}: weights are {dtype}; SparseFlow reads float16, bfloat16 and float32. "
+            "Use the checkpoint before it was quantised"
+        )
+
+    def tensor(self, name: str) -> "Tensor":
+        """One tensor, a view of the file where its format allows. `release` gives its memory back.
+
+        Raises:
+            DiskError: missing or unreadable.
+        """
+        key = self._key(name)
+        if key is None:
+            raise DiskError(f"{self.folder}: tensor {name!r} is in none of {len(self.files())} weight files")
+        tensors = self._open(self._file_of[key])
+        try:
+            tensor: Tensor = tensors[key]
+        except KeyError as error:
+            raise DiskError(f"{self.folder / self._file_of[key]}: tensor {key!r} is missing") from error
+        return tensor
+
+    def release(self) -> None:
+        """Close the file that is open, so that its pages no longer count as this process's memory."""
+        self._opened = None
+
+    def _key(self, name: str) -> str | None:
+        return next((key for key in (f"model.{name}", name) if key in self._file_of), None)
+
+    def _open(self, file_name: str) -> Mapping[str, Any]:
+        if self._opened is None or self._opened[0] != file_name:
+            self._opened = None
+            self._opened = (file_name, _open_weights(self.folder / file_name))
+        return self._opened[1]
+
+
+def _read_config(folder: Path) -> "OPTConfig":
+    from transformers import OPTConfig
+
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DiskError(f"{folder}: no config.json; give a transformers checkpoint folder") from error
+    except (OSError, ValueError) as error:
+        raise DiskError(f"{path}: cannot be read ({error})") from error
+    require_relu_opt(content, str(folder))
+    return OPTConfig.from_dict(content)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, safetensors before pickled files, as transformers chooses."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        listing = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return dict.fromkeys(_open_weights(folder / single), single)
+        if listing.is_file():
+            try:
+                weight_map: dict[str, str] = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+            except (OSError, ValueError, KeyError) as error:
+                raise DiskError(f"{listing}: cannot be read ({error})") from error
+            _require_files(folder, weight_map.values())
+            return weight_map
+    raise DiskError(
+        f"{folder}: no model.safetensors or pytorch_model.bin, single or with an index; is it a checkpoint?"
+    )
+
+
+def _require_files(folder: Path, names: Iterable[str]) -> None:
+    missing = sorted({name for name in names if not (folder / name).is_file()})
+    if missing:
+        raise DiskError(f"{folder}: {len(missing)} of the weight files in its index are missing: {', '.join(missing)}")
+
+
+class _LazyTensors(Mapping[str, Any]):
+    """A safetensors file whose tensors are mapped when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._file = safe_open(path, framework="pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Any:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _open_weights(path: Path) -> Mapping[str, Any]:
+    import torch
+
+    try:
+        if path.suffix == ".safetensors":
+            return _LazyTensors(path)
+        # Files older than torch 1.6 are no zip archives and cannot be mapped.
+        content: Mapping[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+        return content
+    except Exception as error:  # whatever a damaged file makes its parser raise
+        raise DiskError(f"{path}: cannot be read as weights ({error}); is the download complete?") from error

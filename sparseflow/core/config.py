@@ -1,0 +1,136 @@
+"""Settings, validated when they are made. Each default is written here and nowhere else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from sparseflow.errors import BadRequest, UnsupportedModel
+from sparseflow.store.profile import DTYPE_NBYTES, ModelProfile
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import OPTConfig
+
+__all__ = ["ModelProfile", "OffloadStrategy", "SparseFlowConfig", "dtype_name", "profile_of", "require_relu_opt"]
+
+
+@dataclass(frozen=True)
+class OffloadStrategy:
+    """What is kept where, and how it moves."""
+
+    gpu_cache_ratio: float = 0.3
+    """Share of all bundles that have a slot on the GPU. Without effect on a CPU, which computes from host memory."""
+    cpu_cache_ratio: float = 1.0
+    """Share of all bundles kept in host memory. This version keeps all: 1.0."""
+    aggressive_offload: bool = False
+    """Keep one layer's slots for all layers. This version keeps all bundles resident: False."""
+    activation_threshold: float = 1.0
+    """Scales the margin of the predictor's bound; 1.0 leaves the fidelity as it is."""
+    use_lru_eviction: bool = True
+    """Evict the least recently used bundle, else the one that came first."""
+    async_transfer: bool = True
+    """Read ahead while attention computes, else read when the MLP asks."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_cache_ratio", "cpu_cache_ratio"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise BadRequest(f"{name}={value!r}: give a share of all bundles above 0 and at most 1")
+        if not 0 <= self.activation_threshold < float("inf"):
+            raise BadRequest(
+                f"activation_threshold={self.activation_threshold!r}: give a factor of the margin, 0 or more; "
+                "1.0 keeps the fidelity as it is"
+            )
+
+
+@dataclass(frozen=True)
+class SparseFlowConfig:
+    """A model's sizes, a strategy, and where to compute."""
+
+    profile: ModelProfile
+    strategy: OffloadStrategy = field(default_factory=OffloadStrategy)
+    compute_dtype: "torch.dtype | None" = None
+    """None: the dtype of the store."""
+    primary_device: str = "cpu"
+    secondary_device: str = "cpu"
+    enable_profiling: bool = True
+    """Count active and candidate neurons while running."""
+    predictor_weights_path: str | None = None
+    hf_config: "OPTConfig | None" = None
+    """transformers' configuration of the same model; None: the one in the store."""
+
+    def get_gpu_neuron_count(self, layer_idx: int | None = None) -> int:
+        """Neurons of a layer that have a slot on the GPU."""
+        ratio = self.strategy.gpu_cache_ratio
+        if layer_idx is not None and self.profile.layer_sparsity_map:
+            ratio = self.profile.layer_sparsity_map.get(layer_idx, ratio)
+        return int(self.profile.ffn_dimension * ratio)
+
+    def get_head_dimension(self) -> int:
+        """Width of one attention head."""
+        return self.profile.hidden_dimension // self.profile.num_attention_heads
+
+    @classmethod
+    def from_transformers_config(cls, hf_config: "OPTConfig", strategy: OffloadStrategy | None = None) -> Self:
+        """
+        Raises:
+            UnsupportedModel: not an OPT, or its activation is not ReLU.
+        """
+        dtype = hf_config.dtype or "float16"
+        profile = profile_of(hf_config, dtype_name(dtype))
+        return cls(profile=profile, strategy=strategy or OffloadStrategy(), hf_config=hf_config)
+
+
+def dtype_name(dtype: Any) -> str:
+    """`float16`, `bfloat16` or `float32`, from a torch.dtype or its name.
+
+    Raises:
+        BadRequest: any other.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_NBYTES:
+        raise BadRequest(f"dtype {name!r}: weights are stored as one of {', '.join(DTYPE_NBYTES)}")
+    return name
+
+
+def require_relu_opt(config: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        UnsupportedModel: the configuration is not of a ReLU OPT; the message says why that matters.
+    """
+    if config.get("model_type") != "opt":
+        raise UnsupportedModel(
+            f"{where}: model_type {config.get('model_type')!r}; SparseFlow runs the OPT family (model_type 'opt')"
+        )
+    activation = config.get("activation_function", "relu")
+    if activation != "relu":
+        raise UnsupportedModel(
+            f"{where}: activation_function {activation!r}; a neuron can only be skipped where its activation is exactly "
+            "zero, which ReLU gives and this one does not. Use a ReLU checkpoint (the OPT models are)"
+        )
+
+
+def profile_of(hf_config: "OPTConfig", dtype: str) -> ModelProfile:
+    """The sizes of a transformers OPT.
+
+    Raises:
+        UnsupportedModel: not an OPT, or its activation is not ReLU.
+    """
+    name = getattr(hf_config, "name_or_path", "") or "unknown"
+    require_relu_opt(hf_config.to_dict(), name)
+    return ModelProfile(
+        model_identifier=name,
+        hidden_dimension=hf_config.hidden_size,
+        ffn_dimension=hf_config.ffn_dim,
+        num_layers=hf_config.num_hidden_layers,
+        num_attention_heads=hf_config.num_attention_heads,
+        max_sequence_length=hf_config.max_position_embeddings,
+        vocab_size=hf_config.vocab_size,
+        dtype=dtype,
+    )
+
+
+def same_sizes(one: ModelProfile, other: ModelProfile) -> bool:
+    """Whether two profiles describe models of one shape, whatever their names, dtypes and cache shares."""
+    neutral = {"model_identifier": "", "layer_sparsity_map": None, "dtype": "float16"}
+    return replace(one, **neutral) == replace(other, **neutral)  # type: ignore[arg-type]

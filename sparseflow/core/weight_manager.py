@@ -1,0 +1,256 @@
+"""The weight source inside the process: `DiskWeightStore` runs the engine here. And `WeightCache`, device slots."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from sparseflow.core.checkpoint import Checkpoint, locate
+from sparseflow.core.config import OffloadStrategy, dtype_name, profile_of, same_sizes
+from sparseflow.core.converter import convert, source_identity
+from sparseflow.core.device_cache import WeightCache
+from sparseflow.core.weight_source import HostBundles, SourceStatus
+from sparseflow.engine.resident import ResidentShards
+from sparseflow.errors import BadRequest, DiskError, FingerprintMismatch, NotEnoughMemory
+from sparseflow.store.manifest import (
+    DENSE_NAME,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    check_content,
+    predictor_name,
+)
+from sparseflow.store.profile import ModelProfile
+from sparseflow.store.shard_format import map_file, read_places
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import OPTConfig
+
+__all__ = ["DiskWeightStore", "WeightCache", "parse_size", "sparseflow_home"]
+
+
+def sparseflow_home() -> Path:
+    """Where converted stores are kept: `$SPARSEFLOW_HOME`, else `sparseflow` in the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SPARSEFLOW_HOME") or f"{cache}/sparseflow").expanduser()
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes, from a number or from a text such as `6GiB`, `1.5GiB`, `512MiB`.
+
+    Raises:
+        BadRequest: anything else.
+    """
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    number, unit = (text[:-3], text[-3:]) if isinstance(text, str) else (text, "")
+    try:
+        nbytes = int(float(number) * units[unit]) if unit else int(number)
+    except (ValueError, KeyError, OverflowError):
+        nbytes = 0
+    if nbytes <= 0:
+        raise BadRequest(f"memory {text!r}: write a size above 0 with its unit, such as 6GiB or 512MiB, or auto")
+    return nbytes
+
+
+class DiskWeightStore:
+    """A store, opened in this process: a `WeightSource`.
+
+    `model_name` is a store, a transformers checkpoint folder, or a hub id; a checkpoint is converted once into
+    `cache_dir` (default: `sparseflow_home()`), and found there from then on, as long as it is not changed.
+    """
+
+    def __init__(
+        self,
+        model_name: str | Path,
+        cache_dir: str | Path | None = None,
+        *,
+        dtype: str | None = None,
+        quiet: bool = True,
+    ) -> None:
+        """
+        Args:
+            dtype: store the weights as `float16`, `bfloat16` or `float32`; None: as they are.
+            quiet: no progress bar while converting.
+        """
+        self._name = str(model_name)
+        self._cache_dir = Path(cache_dir).expanduser() if cache_dir else sparseflow_home() / "stores"
+        self._dtype = dtype_name(dtype) if dtype else None
+        self._quiet = quiet
+        self._resident: ResidentShards | None = None
+
+    def initialize_from_pretrained(
+        self,
+        hf_config: "OPTConfig | None" = None,
+        *,
+        strategy: OffloadStrategy | None = None,
+        memory: str | int = "auto",
+    ) -> Self:
+        """Find or make the store, and open it.
+
+        Args:
+            hf_config: transformers' configuration of the model; checked against the store's if given.
+            strategy: how much is kept in host memory.
+            memory: the most that weights may take, a size or `auto` (what is free).
+
+        Raises:
+            FingerprintMismatch: `hf_config` describes another model.
+            NotEnoughMemory: the weights do not fit.
+            DiskError, UnsupportedModel, BadRequest: as their texts say.
+        """
+        self.path = self._find_or_convert()
+        self.manifest = Manifest.load(self.path)
+        self.profile: ModelProfile = self.manifest.profile
+        if self._dtype not in (None, self.profile.dtype):
+            raise BadRequest(
+                f"{self.path}: holds {self.profile.dtype}, {self._dtype} is asked for; "
+                f"convert the checkpoint again with --dtype {self._dtype}"
+            )
+        if hf_config is not None and not same_sizes(profile_of(hf_config, self.profile.dtype), self.profile):
+            raise FingerprintMismatch(
+                f"{self.path}: holds {self.profile}, but the configuration given describes "
+                f"{profile_of(hf_config, self.profile.dtype)}; use the configuration in the store"
+            )
+        self._require_resident(strategy or OffloadStrategy(), memory)
+        for name, entry in self.manifest.files.items():
+            if not name.startswith("neurons/"):
+                check_content(self.path, name, entry)
+        self.model_files: Mapping[str, bytes] = {
+            name: (self.path / name).read_bytes() for name in self.manifest.files if not name.endswith(".safetensors")
+        }
+        self._resident = ResidentShards(self.path, self.manifest)
+        return self
+
+    def _find_or_convert(self) -> Path:
+        folder = locate(self._name)
+        if (folder / MANIFEST_NAME).is_file():
+            return folder
+        checkpoint = Checkpoint(folder)
+        identity = json.dumps([str(folder), source_identity(checkpoint), self._dtype, FORMAT_VERSION])
+        digest = hashlib.blake2s(identity.encode(), digest_size=6).hexdigest()
+        path = self._cache_dir / f"{Path(self._name).name}-{digest}"
+        if not path.exists():
+            convert(checkpoint, path, dtype=self._dtype, quiet=self._quiet)
+        return path
+
+    def _require_resident(self, strategy: OffloadStrategy, memory: str | int) -> None:
+        if strategy.cpu_cache_ratio < 1 or strategy.aggressive_offload:
+            raise BadRequest(
+                f"cpu_cache_ratio={strategy.cpu_cache_ratio}, aggressive_offload={strategy.aggressive_offload}: "
+                "this version keeps all bundles in host memory; use cpu_cache_ratio=1.0 and aggressive_offload=False"
+            )
+        needed = self.manifest.nbytes_under("")
+        automatic = memory == "auto"
+        limit = psutil.virtual_memory().available if automatic else parse_size(memory)
+        if needed > limit:
+            raise NotEnoughMemory(
+                f"{self.path}: the weights take {needed / 2**30:.2f} GiB, {'free are' if automatic else 'allowed are'} "
+                f"{limit / 2**30:.2f} GiB; this version keeps all of them in memory: "
+                + ("free some, or use a smaller model" if automatic else "allow more, or use a smaller model")
+            )
+
+    @property
+    def _open(self) -> ResidentShards:
+        if self._resident is None:
+            raise BadRequest(f"{self._name}: the store is not open; call initialize_from_pretrained() first")
+        return self._resident
+
+    @cached_property
+    def _bundles(self) -> "list[Tensor]":
+        import torch
+
+        p, shards = self.profile, self._open
+        shape = (p.ffn_dimension, p.parts_per_bundle, p.hidden_dimension)
+        dtype = getattr(torch, p.dtype)
+        return [torch.from_numpy(shards.layer(n)).view(dtype).view(shape) for n in range(p.num_layers)]
+
+    def dense(self) -> "Mapping[str, Tensor]":
+        """All weights but the bundles, as `WeightSource.dense`."""
+        return map_tensors(self.path / DENSE_NAME)
+
+    def predictor_tensors(self) -> "Mapping[str, Tensor]":
+        """Codes of fc1, as `WeightSource.predictor_tensors`."""
+        return {
+            f"{layer}.{name}": tensor
+            for layer in range(self.profile.num_layers)
+            for name, tensor in map_tensors(self.path / predictor_name(layer)).items()
+        }
+
+    def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        """Nothing to start: every bundle is resident."""
+
+    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "ResidentFetch":
+        """Every bundle lies in the slot of its own id."""
+        self._open  # noqa: B018  raises if closed
+        return ResidentFetch(HostBundles(self._bundles[layer], ids))
+
+    def status(self) -> SourceStatus:
+        """What is held now."""
+        p = self.profile
+        n_bundles = p.num_layers * p.ffn_dimension
+        memory = {"shared": self.manifest.nbytes_under("") if self._resident else 0, "private": 0}
+        return SourceStatus(
+            "ready" if self._resident else "closed", n_bundles, n_bundles if self._resident else 0, memory
+        )
+
+    def close(self) -> None:
+        """Let go of the weights; models built on this store must not be used afterwards."""
+        if self._resident is not None:
+            self._resident.close()
+            self._resident = None
+            self.__dict__.pop("_bundles", None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ResidentFetch:
+    """A fetch that has nothing to wait for."""
+
+    __slots__ = ("_bundles",)
+
+    def __init__(self, bundles: HostBundles) -> None:
+        self._bundles = bundles
+
+    def wait(self, timeout_s: float) -> HostBundles:
+        return self._bundles
+
+    def release(self) -> None:
+        pass
+
+    def __enter__(self) -> "ResidentFetch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def map_tensors(path: Path) -> "dict[str, Tensor]":
+    """All tensors of one of our files, as views of its pages: copy-on-write, so treat them as read-only."""
+    import torch
+
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U64": torch.uint64}
+    places = read_places(path)
+    content = torch.frombuffer(map_file(path), dtype=torch.uint8)
+    tensors: dict[str, Tensor] = {}
+    for name, place in places.items():
+        raw = content[place.offset : place.offset + place.spec.nbytes]
+        if raw.storage_offset() % raw.new_empty(0, dtype=dtypes[place.spec.dtype]).element_size():
+            raise DiskError(f"{path}: tensor {name!r} is not aligned; convert the model again")
+        tensors[name] = raw.view(dtypes[place.spec.dtype]).view(place.spec.shape)
+    return tensors

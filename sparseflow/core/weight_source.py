@@ -1,0 +1,90 @@
+"""The seam between a model and its weights. Whoever computes sees this, never files, threads or sockets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseflow.store.profile import ModelProfile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HostBundles:
+    """Bundles in host memory.
+
+    base: (n_slots, 2, hidden), the store's dtype. slots: (n,) uint32, in the order of the ids asked for. Valid until
+    the fetch is released.
+    """
+
+    base: "Tensor"
+    slots: NDArray[np.uint32]
+
+
+class Fetch(Protocol):
+    """Bundles on their way. `with fetch:` releases it at the end."""
+
+    def wait(self, timeout_s: float) -> HostBundles:
+        """The bundles, once all have arrived.
+
+        Raises:
+            TimeoutError: they have not after `timeout_s` seconds.
+        """
+        ...
+
+    def release(self) -> None:
+        """Say that the work that reads the bundles is done. May be called twice."""
+        ...
+
+    def __enter__(self) -> "Fetch": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class SourceStatus:
+    """What a source holds, in bytes. `shared` is memory that other processes of this host can use too."""
+
+    state: str
+    n_bundles: int
+    n_resident: int
+    memory: Mapping[str, int]
+
+
+class WeightSource(Protocol):
+    """Weights of one model, dense ones at once and bundles on demand. Safe to use from several threads."""
+
+    profile: ModelProfile
+    model_files: Mapping[str, bytes]
+    """config.json, and what there is of generation_config.json and tokenizer files, by name."""
+
+    def dense(self) -> "Mapping[str, Tensor]":
+        """All weights but the bundles, under the names of `SparseOPTForCausalLM`'s parameters. Shared; read-only."""
+        ...
+
+    def predictor_tensors(self) -> "Mapping[str, Tensor]":
+        """`LAYER.codes`, `.scales`, `.norms`, `.error_norms` as `store.codes` describes them. Shared; read-only."""
+        ...
+
+    def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        """Start reading bundles that may be asked for. Promises nothing."""
+        ...
+
+    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
+        """Ask for bundles; returns at once. ids: (n,) uint32, ascending, no repeats."""
+        ...
+
+    def status(self) -> SourceStatus:
+        """What is held now."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything. May be called twice."""
+        ...

@@ -1,0 +1,1 @@
+"""Bytes in memory, no torch: the resident shards of a store."""

@@ -1,0 +1,239 @@
+"""Which neurons can be active: an upper bound on every pre-activation, from low-bit codes of fc1 alone.
+
+With fc1's rows w_i = w^_i + e_i, where w^_i is the coded row and e_i its rounding error, and x = x^ + r, where x^ is x in
+16-bit steps:
+
+    w_i . x + b_i  <=  w^_i . x^ + b_i  +  margin_i  +  ||w^_i|| (||r|| + float error)
+
+`certified`: margin_i = ||e_i|| ||x|| (Cauchy-Schwarz): never too small.
+`exact`: margin_i = sqrt(ln(1/d) / 2 * sum_g s_ig^2 ||x_g||^2) (Hoeffding's inequality for rounding errors of mean 0 and
+width s_ig, independent of x): too small with probability d at most, for one neuron and one token.
+
+A neuron whose bound is not <= 0 is a candidate; so a NaN is one. `candidates_ref` is the slow twin.
+"""
+
+import enum
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import cfunc, njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparseflow.kernels import threads
+from sparseflow.kernels.intrinsics import (
+    GROUP,
+    advance,
+    float32_at,
+    grouped_dot,
+    int8_at,
+    int16_at,
+    int64_at,
+    uint32_at,
+)
+from sparseflow.kernels.threads import KERNEL_SIGNATURE, barrier, team_rank, team_size
+
+_FASTMATH = {"reassoc", "contract", "nsz"}
+
+# Head-room over the rounding of these kernels' own float32 arithmetic (unit 2**-24), each far above the worst case.
+_MARGIN_SLACK = 1 + 2.0**-10  # sums of up to 4096 squares, a square root, products
+_RESIDUAL_SLACK = 1 + 2.0**-5  # x - x^ is computed with an error of at most 1/256 of a step
+_BIAS_SLACK = 2.0**-22
+
+
+class Margin(enum.IntEnum):
+    """Which margin is added to the score."""
+
+    CERTIFIED = 0
+    EXACT = 1
+
+
+class CodedRows(NamedTuple):
+    """fc1 of one layer in 8-bit codes: w^_ij = scales[i, j // GROUP] * codes[i, j]. All contiguous.
+
+    codes: (ffn_dim, n_groups * GROUP) int8, zero beyond hidden. scales: (ffn_dim, n_groups) float32.
+    bias: (ffn_dim,) float32, fc1's. norms: (ffn_dim,) float32, ||w^_i|| or more. error_norms: (ffn_dim,) float32,
+    ||e_i|| or more.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor
+    norms: Tensor
+    error_norms: Tensor
+
+
+@njit(fastmath=_FASTMATH)
+def _quantise_group(x, length, codes):
+    """x[:length] in 16-bit steps. Returns (step, sum of x^2, sum of rounding error^2); a NaN step if x is not finite."""
+    squares = np.float32(0)
+    peak = np.float32(0)
+    for j in range(length):
+        squares += x[j] * x[j]
+        peak = max(peak, abs(x[j]))
+    for j in range(GROUP):
+        codes[j] = 0
+    if not squares < np.float32(np.inf):
+        return np.float32(np.nan), squares, squares
+    step = peak / np.float32(32767)
+    if step < np.float32(1e-30):  # too small to divide by: all of x counts as error
+        return np.float32(0), squares, squares
+    residual = np.float32(0)
+    for j in range(length):
+        code = np.rint(x[j] / step)
+        codes[j] = np.int16(min(max(code, np.float32(-32767)), np.float32(32767)))
+        difference = x[j] - step * np.float32(codes[j])
+        residual += difference * difference
+    return step, squares, residual
+
+
+@njit(fastmath=_FASTMATH)
+def _quantise_token(x, hidden, n_groups, codes, steps, squares, norms, float_unit):
+    """norms: two floats, ||x|| and the bound's factor of ||w^_i||."""
+    total = np.float32(0)
+    residual = np.float32(0)
+    for g in range(n_groups):
+        first = g * GROUP
+        steps[g], squares[g], group_residual = _quantise_group(
+            advance(x, first), min(GROUP, hidden - first), advance(codes, first)
+        )
+        total += squares[g]
+        residual += group_residual
+    norms[0] = np.sqrt(total)
+    norms[1] = np.sqrt(residual) * np.float32(_RESIDUAL_SLACK) + norms[0] * float_unit
+
+
+@njit(fastmath=_FASTMATH)
+def _hoeffding_width(scales, squares, n_groups):
+    """sqrt(sum_g s_g^2 ||x_g||^2)"""
+    total = np.float32(0)
+    for g in range(n_groups):
+        total += scales[g] * scales[g] * squares[g]
+    return np.sqrt(total)
+
+
+@njit(fastmath=_FASTMATH)
+def _find_candidates(block):
+    """Each thread quantises some tokens, then bounds its range of neurons; thread 0 joins the ranges' ids.
+
+    block: n_neurons, n_groups, n_tokens, hidden, codes (int8), scales, bias, norms, error norms, x, x codes (int16),
+    x steps, x squares, x norms, settings, ids (uint32), counts (int64, one a thread); float32 where not said.
+    settings: which margin (0 or 1), its factor, the factor of all margins, the float error unit.
+    """
+    n_neurons, n_groups, n_tokens, hidden = block[0], block[1], block[2], block[3]
+    codes, scales, bias = int8_at(block[4]), float32_at(block[5]), float32_at(block[6])
+    norms, error_norms, x = float32_at(block[7]), float32_at(block[8]), float32_at(block[9])
+    x_codes, x_steps, x_squares = int16_at(block[10]), float32_at(block[11]), float32_at(block[12])
+    x_norms, settings, ids, counts = (
+        float32_at(block[13]),
+        float32_at(block[14]),
+        uint32_at(block[15]),
+        int64_at(block[16]),
+    )
+    exact, factor, threshold, float_unit = settings[0] != 0, settings[1], settings[2], settings[3]
+    rank, size = np.int64(team_rank()), np.int64(team_size())
+    width = n_groups * GROUP
+
+    for t in range(rank, n_tokens, size):
+        _quantise_token(
+            advance(x, t * hidden), hidden, n_groups, advance(x_codes, t * width), advance(x_steps, t * n_groups),
+            advance(x_squares, t * n_groups), advance(x_norms, t * 2), float_unit,
+        )  # fmt: skip
+    barrier()
+    first = n_neurons * rank // size
+    found = advance(ids, first)
+    count = 0
+    for i in range(first, n_neurons * (rank + 1) // size):
+        row, row_scales = advance(codes, i * width), advance(scales, i * n_groups)
+        rounding = abs(bias[i]) * np.float32(_BIAS_SLACK)
+        for t in range(n_tokens):
+            score = bias[i] + grouped_dot(
+                row, advance(x_codes, t * width), row_scales, advance(x_steps, t * n_groups), n_groups
+            )
+            if exact:
+                margin = factor * _hoeffding_width(row_scales, advance(x_squares, t * n_groups), n_groups)
+            else:
+                margin = factor * error_norms[i] * x_norms[2 * t]
+            if not score + threshold * (margin + norms[i] * x_norms[2 * t + 1] + rounding) <= 0:
+                found[count] = i
+                count += 1
+                break
+    counts[rank] = count
+    barrier()
+    if rank == 0:
+        for other in range(1, size):
+            start = n_neurons * other // size
+            for k in range(counts[other]):
+                ids[count + k] = ids[start + k]
+            count += counts[other]
+        counts[0] = count
+
+
+def _kernel_body(args):
+    _find_candidates(int64_at(args))
+
+
+@cache
+def _kernel() -> Any:
+    """Compiled on first use, and kept on disk by numba."""
+    return cfunc(KERNEL_SIGNATURE, cache=True)(_kernel_body)
+
+
+def _settings(margin: Margin, failure_probability: float, threshold: float, n_groups: int) -> NDArray[np.float32]:
+    factor = _MARGIN_SLACK
+    if margin is Margin.EXACT:
+        factor *= float(np.sqrt(np.log(1 / failure_probability) / 2))
+    float_unit = (n_groups + 24) * 2.0**-23  # products and sums of n_groups terms in 16 lanes
+    return np.array([margin, factor, threshold, float_unit], np.float32)
+
+
+def candidates(
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
+) -> NDArray[np.uint32]:
+    """Neurons whose pre-activation may be above 0 for at least one token, on torch's threads.
+
+    Args:
+        rows: the layer's codes.
+        x: (n_tokens, hidden) float32, contiguous: the inputs of fc1.
+        margin: which bound.
+        failure_probability: d, for one neuron and one token; used by `Margin.EXACT` alone.
+        threshold: multiplies all margins; 1.0 is the bound as stated.
+
+    Returns:
+        (n,) uint32, ascending.
+    """
+    n_neurons, n_groups = rows.scales.shape
+    n_tokens, hidden = x.shape
+    n_threads = torch.get_num_threads()
+    x_codes = np.empty((n_tokens, n_groups * GROUP), np.int16)
+    x_floats = np.empty(2 * n_tokens * n_groups + 2 * n_tokens, np.float32)  # steps, squares, norms
+    x_steps = x_floats.ctypes.data
+    settings = _settings(margin, failure_probability, threshold, n_groups)
+    ids, counts = np.empty(n_neurons, np.uint32), np.empty(n_threads, np.int64)
+    block = (
+        *(n_neurons, n_groups, n_tokens, hidden),
+        *(rows.codes.data_ptr(), rows.scales.data_ptr(), rows.bias.data_ptr()),
+        *(rows.norms.data_ptr(), rows.error_norms.data_ptr(), x.data_ptr(), x_codes.ctypes.data),
+        *(x_steps, x_steps + 4 * n_tokens * n_groups, x_steps + 8 * n_tokens * n_groups),
+        *(settings.ctypes.data, ids.ctypes.data, counts.ctypes.data),
+    )
+    threads.run(_kernel(), np.array(block, np.int64), n_threads)
+    return ids[: counts[0]]
+
+
+def candidates_ref(
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
+) -> NDArray[np.uint32]:
+    """The same bounds in float64 without quantising x: never a neuron more than `candidates`, few fewer."""
+    n_neurons, n_groups = rows.scales.shape
+    padded = torch.nn.functional.pad(x.double(), (0, n_groups * GROUP - x.shape[1])).unflatten(1, (n_groups, GROUP))
+    coded = rows.codes.double().unflatten(1, (n_groups, GROUP)) * rows.scales.double()[:, :, None]
+    score = padded.flatten(1) @ coded.flatten(1).T + rows.bias.double()  # (n_tokens, ffn_dim)
+    if margin is Margin.EXACT:
+        width = padded.square().sum(2) @ rows.scales.double().square().T
+        bound = score + threshold * torch.sqrt(width * (np.log(1 / failure_probability) / 2))
+    else:
+        bound = score + threshold * rows.error_norms.double() * padded.flatten(1).norm(dim=1, keepdim=True)
+    return torch.nonzero((~(bound <= 0)).any(0)).flatten().numpy().astype(np.uint32)

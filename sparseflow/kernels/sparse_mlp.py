@@ -1,0 +1,143 @@
+"""The sparse MLP on a CPU: y = W2 relu(W1 x + b1) + b2 over chosen neurons, read where their bundles lie.
+
+A bundle is one neuron's fc1 row followed by its fc2 column. It is read once, in place; the fc2 half only if the neuron
+is active. Weights may be float16, bfloat16 or float32; sums are float32. `sparse_mlp_ref` is the slow twin.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import cfunc, njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparseflow.kernels import threads
+from sparseflow.kernels.intrinsics import advance, bfloat_at, float32_at, half_at, int64_at, to_float, uint32_at
+from sparseflow.kernels.threads import KERNEL_SIGNATURE, barrier, team_rank, team_size
+
+# Sums may be reordered into vectors; NaN and infinity keep their meaning.
+_FASTMATH = {"reassoc", "contract", "nsz"}
+
+
+class SparseMLPOutput(NamedTuple):
+    """y: (n_tokens, hidden) float32. n_active: pairs of token and neuron whose pre-activation was above 0."""
+
+    y: Tensor
+    n_active: int
+
+
+@njit(fastmath=_FASTMATH)
+def _add_neuron(total, bundle, bias, x, hidden):
+    """total += relu(w1 . x + bias) * w2; returns 1 if the neuron was active, and reads w2 only then."""
+    h = np.float32(0)
+    for j in range(hidden):
+        h += to_float(bundle[j]) * x[j]
+    h += bias
+    if h <= 0:
+        return 0
+    column = advance(bundle, hidden)
+    for j in range(hidden):
+        total[j] += h * to_float(column[j])
+    return 1
+
+
+@njit(fastmath=_FASTMATH)
+def _add_neurons(block, bundles):
+    """Each thread adds its share of the neurons to its own partial sum; then all add these up, by columns.
+
+    block: n_neurons, n_tokens, hidden, bundles, stride (elements), slots (uint32), neuron ids (uint32), fc1 bias,
+    fc2 bias, x, partial (threads x tokens x hidden), n_active (int64, one a thread), y; float32 where not said.
+    bundles: a pointer of the weights' type.
+    """
+    n_neurons, n_tokens, hidden, stride = block[0], block[1], block[2], block[4]
+    slots, ids, fc1_bias, fc2_bias = (
+        uint32_at(block[5]),
+        uint32_at(block[6]),
+        float32_at(block[7]),
+        float32_at(block[8]),
+    )
+    x, partial, n_active, y = float32_at(block[9]), float32_at(block[10]), int64_at(block[11]), float32_at(block[12])
+    rank, size = np.int64(team_rank()), np.int64(team_size())
+    width = n_tokens * hidden
+
+    mine = advance(partial, rank * width)
+    for j in range(width):
+        mine[j] = 0
+    count = 0
+    for n in range(n_neurons * rank // size, n_neurons * (rank + 1) // size):
+        bundle = advance(bundles, np.int64(slots[n]) * stride)
+        bias = fc1_bias[ids[n]]
+        for row in range(0, width, hidden):
+            count += _add_neuron(advance(mine, row), bundle, bias, advance(x, row), hidden)
+    n_active[rank] = count
+    barrier()
+    for row in range(0, width, hidden):
+        for j in range(hidden * rank // size, hidden * (rank + 1) // size):
+            value = fc2_bias[j]
+            for other in range(size):
+                value += partial[other * width + row + j]
+            y[row + j] = value
+
+
+def _float16(args):
+    block = int64_at(args)
+    _add_neurons(block, half_at(block[3]))
+
+
+def _bfloat16(args):
+    block = int64_at(args)
+    _add_neurons(block, bfloat_at(block[3]))
+
+
+def _float32(args):
+    block = int64_at(args)
+    _add_neurons(block, float32_at(block[3]))
+
+
+@cache
+def _kernel(dtype: torch.dtype) -> Any:
+    """Compiled on first use, and kept on disk by numba."""
+    python = {torch.float16: _float16, torch.bfloat16: _bfloat16, torch.float32: _float32}[dtype]
+    return cfunc(KERNEL_SIGNATURE, cache=True)(python)
+
+
+def sparse_mlp(
+    bundles: Tensor, slots: NDArray[np.uint32], ids: NDArray[np.uint32], fc1_bias: Tensor, fc2_bias: Tensor, x: Tensor
+) -> SparseMLPOutput:
+    """Compute the chosen neurons of one MLP for some tokens, on torch's threads.
+
+    Args:
+        bundles: (n_slots, 2, hidden) float16, bfloat16 or float32, rows of `stride(0)` elements, each contiguous.
+        slots: (n,) uint32, where each chosen neuron's bundle lies.
+        ids: (n,) uint32, which neuron it is (chooses its fc1 bias).
+        fc1_bias, fc2_bias: (ffn_dim,) and (hidden,) float32.
+        x: (n_tokens, hidden) float32, contiguous.
+
+    Returns:
+        The sum over the chosen neurons plus fc2's bias. Repeatable for the same ids and number of threads.
+    """
+    n_tokens, hidden = x.shape
+    n_threads = torch.get_num_threads()
+    y = torch.empty(n_tokens, hidden)
+    partial = torch.empty(n_threads, n_tokens, hidden)
+    n_active = np.zeros(n_threads, np.int64)
+    block = (
+        *(len(ids), n_tokens, hidden, bundles.data_ptr(), bundles.stride(0)),
+        *(slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr(), fc2_bias.data_ptr()),
+        *(x.data_ptr(), partial.data_ptr(), n_active.ctypes.data, y.data_ptr()),
+    )
+    threads.run(_kernel(bundles.dtype), np.array(block, np.int64), n_threads)
+    return SparseMLPOutput(y, int(n_active.sum()))
+
+
+def sparse_mlp_ref(
+    bundles: Tensor, slots: NDArray[np.uint32], ids: NDArray[np.uint32], fc1_bias: Tensor, fc2_bias: Tensor, x: Tensor
+) -> SparseMLPOutput:
+    """The same in plain PyTorch and float64: gather, two products."""
+    chosen = bundles[torch.from_numpy(slots.astype(np.int64))].double()  # (n, 2, hidden)
+    bias = fc1_bias[torch.from_numpy(ids.astype(np.int64))].double()
+    h = torch.relu(x.double() @ chosen[:, 0].T + bias)  # (n_tokens, n)
+    y = h @ chosen[:, 1] + fc2_bias.double()
+    return SparseMLPOutput(y.float(), int((h > 0).sum()))

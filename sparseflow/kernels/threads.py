@@ -1,0 +1,72 @@
+"""Runs compiled kernels on torch's own OpenMP threads.
+
+A second thread pool (numba ships its own threading layers, and its OpenMP layer loads another libgomp) would spin
+against torch's on the same cores. So kernels are plain C functions, `void kernel(int64 *args)`, and the OpenMP runtime
+that torch has loaded starts one team of threads for each call: the same threads that compute torch's products.
+"""
+
+import ctypes
+import os
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import torch
+from numba import types
+from numba.core.typing.templates import Signature
+
+_SYMBOLS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+
+# A kernel's one argument: the address of its int64 argument block.
+KERNEL_SIGNATURE: Signature = types.void(types.intp)
+
+team_rank = types.ExternalFunction("omp_get_thread_num", types.intc())
+team_size = types.ExternalFunction("omp_get_num_threads", types.intc())
+barrier = types.ExternalFunction("GOMP_barrier", types.void())
+
+
+def _loaded_openmp_runtimes() -> list[str]:
+    """Paths of OpenMP runtimes mapped into this process, torch's own folder first."""
+    torch_folder = os.path.dirname(torch.__file__)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        paths = {line.split()[-1] for line in maps if "/lib" in line}
+    names = ("libgomp", "libiomp5", "libomp")
+    found = [path for path in paths if os.path.basename(path).startswith(names)]
+    return sorted(found, key=lambda path: (not path.startswith(torch_folder), path))
+
+
+@cache
+def openmp() -> ctypes.CDLL:
+    """The OpenMP runtime that torch runs on; its symbols are made known to compiled kernels.
+
+    Raises:
+        RuntimeError: torch has loaded no runtime with the GNU entry points.
+    """
+    for path in _loaded_openmp_runtimes():
+        library = ctypes.CDLL(path)
+        if all(hasattr(library, name) for name in _SYMBOLS):
+            for name in _SYMBOLS:
+                address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+                llvm.add_symbol(name, address)
+            library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            library.GOMP_parallel.restype = None
+            return library
+    raise RuntimeError(
+        "torch runs on no OpenMP runtime with GNU entry points (libgomp, libiomp5 or libomp); "
+        "install a torch build that uses OpenMP, such as the wheels on PyPI"
+    )
+
+
+def run(kernel: Any, args: np.ndarray, n_threads: int) -> None:
+    """Call a compiled kernel once on each of `n_threads` threads and wait for all.
+
+    Args:
+        kernel: a numba `cfunc` of `KERNEL_SIGNATURE`. It splits the work by `team_rank()` of `team_size()`.
+        args: (n,) int64, the kernel's argument block: sizes and addresses; whatever they point to must stay alive.
+        n_threads: threads asked for; the runtime may give fewer.
+    """
+    openmp().GOMP_parallel(kernel.address, args.ctypes.data, n_threads, 0)
+
+
+openmp()

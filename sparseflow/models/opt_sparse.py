@@ -1,0 +1,326 @@
+"""The sparse OPT: transformers' network, except how an MLP gets and uses its weights, and one product for q, k, v."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache, GenerationConfig, OPTConfig, OPTForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, eager_attention_forward
+
+from sparseflow.core.config import OffloadStrategy, SparseFlowConfig, dtype_name, same_sizes
+from sparseflow.core.weight_manager import DiskWeightStore
+from sparseflow.core.weight_source import WeightSource
+from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
+from sparseflow.orchestration.density import Crossover
+from sparseflow.orchestration.neuron_predictor import make_predictor
+from sparseflow.orchestration.stats import RunStats
+from sparseflow.orchestration.transfer_coordinator import LayerBiases, TransferCoordinator
+
+
+class SparseOPTAttention(OPTAttention):
+    """OPT's attention with q, k, v as one product over weights that lie head by head."""
+
+    def __init__(self, config: OPTConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        del self.q_proj, self.k_proj, self.v_proj
+        shape = (self.num_heads, 3, self.head_dim)
+        self.qkv_weight = nn.Parameter(torch.empty(*shape, self.embed_dim), requires_grad=False)
+        self.qkv_bias = nn.Parameter(torch.empty(shape), requires_grad=False) if config.enable_bias else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, length, hidden) to the same, and the attention weights where the implementation gives them."""
+        batch, length, _ = hidden_states.shape
+        bias = None if self.qkv_bias is None else self.qkv_bias.view(-1)
+        qkv = functional.linear(hidden_states, self.qkv_weight.view(-1, self.embed_dim), bias)
+        query, key, value = qkv.view(batch, length, self.num_heads, 3, self.head_dim).transpose(1, 2).unbind(3)
+        query = query * self.scaling  # before the product, where transformers' OPT scales too
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs)
+        return self.out_proj(output.reshape(batch, length, -1)), weights
+
+
+class _Bias(nn.Module):
+    """What remains here of a linear layer whose weights are neurons."""
+
+    def __init__(self, size: int, exists: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if exists else None
+
+
+class SparseOPTDecoderLayer(OPTDecoderLayer):
+    """One decoder layer. Its MLP asks the coordinator, which is set once the weights are loaded."""
+
+    coordinator: TransferCoordinator
+
+    def __init__(self, config: OPTConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.self_attn = SparseOPTAttention(config, layer_idx)
+        self.fc1: _Bias = _Bias(config.ffn_dim, config.enable_bias)
+        self.fc2: _Bias = _Bias(config.hidden_size, config.enable_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_ids: Tensor | None = None,
+        decoding: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(batch, length, hidden) to the same. `decoding` says under which phase the step is counted."""
+        norm_first = self.do_layer_norm_before  # all but OPT-350m
+
+        residual = hidden_states
+        if norm_first:
+            hidden_states = self.self_attn_layer_norm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states, past_key_values, attention_mask, **kwargs)
+        hidden_states = residual + hidden_states
+        if not norm_first:
+            hidden_states = self.self_attn_layer_norm(hidden_states)
+
+        residual = hidden_states
+        if norm_first:
+            hidden_states = self.final_layer_norm(hidden_states)
+        flat = hidden_states.reshape(-1, self.embed_dim)  # (n_tokens, hidden)
+        hidden_states = residual + self.coordinator.mlp(self.layer_idx, flat, decoding=decoding).view(residual.shape)
+        if not norm_first:
+            hidden_states = self.final_layer_norm(hidden_states)
+        return hidden_states
+
+
+class SparseOPTForCausalLM(OPTForCausalLM):
+    """transformers' OPT over a `WeightSource`: `generate` and all that belongs to it come from transformers.
+
+    Dense weights are the source's own tensors, shared and read-only, so the model is for inference only and stays in
+    the dtype and on the device it was made with.
+    """
+
+    _no_split_modules: ClassVar[list[str]] = ["SparseOPTDecoderLayer"]
+
+    def __init__(
+        self,
+        config: SparseFlowConfig,
+        source: WeightSource,
+        *,
+        fidelity: str = "exact",
+        crossover: Crossover | None = None,
+    ) -> None:
+        """
+        Args:
+            config: sizes, strategy, device.
+            source: an open source, such as `DiskWeightStore`.
+            fidelity: `exact`, `certified`, `dense`, or `oracle` (slow, for tests).
+            crossover: when a layer step goes dense; None: measured on this machine.
+
+        Raises:
+            FingerprintMismatch: config and source are of different models.
+            BadRequest: a device, dtype or fidelity that cannot be served.
+        """
+        _require_match(config, source)
+        hf_config = copy.deepcopy(config.hf_config) or OPTConfig.from_dict(
+            json.loads(source.model_files["config.json"])
+        )
+        hf_config.dtype = getattr(torch, source.profile.dtype)
+        with torch.device("meta"):
+            super().__init__(hf_config)
+            layers = [SparseOPTDecoderLayer(hf_config, n) for n in range(hf_config.num_hidden_layers)]
+        self.model.decoder.layers = nn.ModuleList(layers)
+        self.source = source
+        self.sparseflow_config = config
+        self._load_dense()
+        biases = [LayerBiases(layer.fc1.bias, layer.fc2.bias) for layer in layers]
+        predictor = make_predictor(source, fidelity, config.strategy.activation_threshold)
+        self.fidelity = "dense" if predictor is None else predictor.fidelity
+        self.coordinator = TransferCoordinator(source, predictor, biases, crossover)
+        for layer in layers:
+            layer.coordinator = self.coordinator
+        self.generation_config = _generation_config(source, hf_config)
+        super().train(False)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        *,
+        strategy: OffloadStrategy | None = None,
+        memory: str | int = "auto",
+        fidelity: str = "exact",
+        device: str = "cpu",
+        dtype: str | torch.dtype | None = None,
+        cache_dir: str | Path | None = None,
+        quiet: bool = True,
+    ) -> Self:
+        """Open a store, a transformers checkpoint folder or a hub id; a checkpoint is converted once.
+
+        Args:
+            memory: the most that weights may take, such as `6GiB`, or `auto`.
+            dtype: `float16`, `bfloat16`, `float32`; None or `auto`: as the checkpoint or store has it.
+            quiet: no progress bar while converting.
+
+        Raises:
+            SparseFlowError: as its text says.
+        """
+        stored_dtype = None if dtype in (None, "auto") else dtype_name(dtype)
+        strategy = strategy or OffloadStrategy()
+        store = DiskWeightStore(name, cache_dir, dtype=stored_dtype, quiet=quiet)
+        store.initialize_from_pretrained(strategy=strategy, memory=memory)
+        config = SparseFlowConfig(store.profile, strategy, primary_device=device)
+        return cls(config, store, fidelity=fidelity)
+
+    @property
+    def stats(self) -> RunStats:
+        """What was computed since the model was made, or since `reset_stats`."""
+        return self.coordinator.stats
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        self.coordinator.stats = RunStats()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' `OPTForCausalLM.forward`.
+
+        Raises:
+            PromptTooLong: more positions than the model has.
+        """
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is not None and (length := past + given.shape[1]) > self.config.max_position_embeddings:
+            padded = attention_mask is not None and attention_mask.dim() == 2
+            self._require_positions(int(attention_mask.sum(1).max()) if padded else length)  # type: ignore[union-attr]
+        return super().forward(input_ids, attention_mask, past_key_values, inputs_embeds, decoding=past > 0, **kwargs)
+
+    def _require_positions(self, n_positions: int) -> None:
+        limit = self.config.max_position_embeddings
+        if n_positions > limit:
+            raise PromptTooLong(
+                f"{n_positions} tokens (prompt and new ones together), the model has {limit} positions; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        self._require_positions(max(input_ids_length, generation_config.max_length))
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
+    def _load_dense(self) -> None:
+        dense = dict(self.source.dense())
+        missing, unexpected = self.load_state_dict(dense, strict=False, assign=True)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+            missing = [name for name in missing if name != "lm_head.weight"]
+        if missing or unexpected:
+            raise FingerprintMismatch(
+                f"dense weights do not fit the model: {missing} missing, {unexpected} unexpected; convert it again"
+            )
+        for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm) and m.weight is None):
+            norm.to_empty(device="cpu")
+        self.requires_grad_(False)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Does nothing where the model is there already.
+
+        Raises:
+            BadRequest: another device or dtype.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type != self.device.type:
+            raise BadRequest(f"device {device}: this version computes on the CPU; leave the model on {self.device}")
+        if dtype is not None and dtype != self.dtype:
+            raise BadRequest(
+                f"dtype {dtype}: the weights are the store's own, {self.dtype}; "
+                f"open the checkpoint with dtype={str(dtype).removeprefix('torch.')!r} instead"
+            )
+        return self
+
+    def half(self, *args: Any) -> Self:
+        """As `.to(torch.float16)`."""
+        return self.to(torch.float16)
+
+    def float(self, *args: Any) -> Self:
+        """As `.to(torch.float32)`."""
+        return self.to(torch.float32)
+
+    def bfloat16(self, *args: Any) -> Self:
+        """As `.to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16)
+
+    def double(self) -> Self:
+        """As `.to(torch.float64)`."""
+        return self.to(torch.float64)
+
+    def cpu(self) -> Self:
+        """As `.to("cpu")`."""
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None) -> Self:
+        """As `.to("cuda")`."""
+        return self.to("cuda")
+
+    def train(self, mode: bool = True) -> Self:
+        """
+        Raises:
+            BadRequest: for `mode=True`; the weights are shared and read-only.
+        """
+        if mode:
+            raise BadRequest("train(True): the weights are shared and read-only; train the dense checkpoint instead")
+        return super().train(False)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            BadRequest: always; the store is the saved form.
+        """
+        raise BadRequest(
+            "save_pretrained: a store is not a transformers checkpoint; copy the store, or keep the checkpoint"
+        )
+
+
+def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
+    if not same_sizes(config.profile, source.profile):
+        raise FingerprintMismatch(
+            f"the configuration describes {config.profile}, the source holds {source.profile}; "
+            "use the configuration of the model in the store"
+        )
+    if torch.device(config.primary_device).type != "cpu":
+        raise BadRequest(f"device {config.primary_device!r}: this version computes on the CPU; use device='cpu'")
+    if config.compute_dtype is not None and dtype_name(config.compute_dtype) != source.profile.dtype:
+        raise BadRequest(
+            f"compute_dtype={config.compute_dtype}: the store holds {source.profile.dtype}; "
+            f"convert the checkpoint with --dtype {dtype_name(config.compute_dtype)}"
+        )
+
+
+def _generation_config(source: WeightSource, hf_config: OPTConfig) -> GenerationConfig:
+    content = source.model_files.get("generation_config.json")
+    if content is None:
+        generation = GenerationConfig.from_model_config(hf_config)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the checkpoint's own settings
+            generation = GenerationConfig.from_dict(json.loads(content))
+    generation.disable_compile = True
+    return generation

@@ -1,0 +1,1 @@
+"""Decisions per token: which neurons, dense or sparse, from where."""

@@ -1,0 +1,55 @@
+"""What was computed and what was spared, counted while running."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StepCounts:
+    """Sums over layer steps. One layer step is one layer's MLP in one forward pass."""
+
+    layer_steps: int = 0
+    dense_layer_steps: int = 0
+    neurons: int = 0
+    """Neurons of those layers."""
+    fetched: int = 0
+    """Neurons computed; all of them in a dense step."""
+    pairs: int = 0
+    """Pairs of token and neuron."""
+    active_pairs: int = 0
+    """Those whose pre-activation was above 0."""
+    audited: int = 0
+    """Truly active neurons in audited layer steps."""
+    missed: int = 0
+    """Those that were not computed."""
+
+    @property
+    def candidate_share(self) -> float | None:
+        """Share of neurons fetched."""
+        return _ratio(self.fetched, self.neurons)
+
+    @property
+    def active_share(self) -> float | None:
+        """Share of neurons truly active, token by token."""
+        return _ratio(self.active_pairs, self.pairs)
+
+    @property
+    def dense_layer_share(self) -> float | None:
+        """Share of layer steps computed dense."""
+        return _ratio(self.dense_layer_steps, self.layer_steps)
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the truly active neurons, in audited steps, that were computed."""
+        return _ratio(self.audited - self.missed, self.audited)
+
+
+@dataclass
+class RunStats:
+    """Counts by phase: the first pass over a prompt, and all that follows."""
+
+    prefill: StepCounts = field(default_factory=StepCounts)
+    decode: StepCounts = field(default_factory=StepCounts)
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
