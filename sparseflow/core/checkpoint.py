@@ -54,7 +54,7 @@ def locate(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise DiskError(
-            f"{name}: no folder of that name, and not in the hub's cache ({os.environ.get('HF_HOME', 'HF_HOME unset')}) "
+            f"{name}: no folder of that name, and not in the hub's cache (HF_HOME={os.environ.get('HF_HOME', '')}), "
             "while the hub cannot be asked; download it first, or give a local folder"
         ) from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:
@@ -62,7 +62,7 @@ def locate(name: str) -> Path:
 
 
 class Checkpoint:
-    """One checkpoint folder: its configuration, and its tensors by name without the prefix `model.`."""
+    """One checkpoint folder: its configuration, and its tensors by name (`model.` may be left out)."""
 
     def __init__(self, folder: Path) -> None:
         """
@@ -170,7 +170,7 @@ class _LazyTensors(Mapping[str, Any]):
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
 
-        self._file = safe_open(path, framework="pt")
+        self._file: Any = safe_open(path, framework="pt")
         self._names = list(self._file.keys())
 
     def __getitem__(self, name: str) -> Any:

@@ -105,8 +105,8 @@ def require_relu_opt(config: Mapping[str, Any], where: str) -> None:
     activation = config.get("activation_function", "relu")
     if activation != "relu":
         raise UnsupportedModel(
-            f"{where}: activation_function {activation!r}; a neuron can only be skipped where its activation is exactly "
-            "zero, which ReLU gives and this one does not. Use a ReLU checkpoint (the OPT models are)"
+            f"{where}: activation_function {activation!r}; a neuron can only be skipped where its activation is "
+            "exactly zero, which ReLU gives and this one does not. Use a ReLU checkpoint (the OPT models are)"
         )
 
 

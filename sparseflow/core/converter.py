@@ -1,8 +1,9 @@
 """Checkpoint to store: layer by layer, atomic, resumable, checksummed.
 
-The store grows in `NAME.partial` beside its place: each file appears there under its final name when it is whole, and a
-line of `journal.jsonl` records it. A rerun after a kill checks the recorded files and goes on with the rest. The manifest
-comes last, then the folder gets its name. Memory stays under two layers' weights plus the largest tensor of the rest.
+The store grows in `NAME.partial` beside its place: each file appears there under its final name when it is whole, and
+a line of `journal.jsonl` records it. A rerun after a kill checks the recorded files and goes on with the rest. The
+manifest comes last, then the folder gets its name. Memory stays under two layers' weights plus the largest tensor of
+the rest.
 """
 
 import fcntl
@@ -125,7 +126,7 @@ class _Conversion:
         if needed + _SPARE_NBYTES > free:
             raise NotEnoughDisk(
                 f"{self.folder.parent}: the store needs {(needed + _SPARE_NBYTES) / 2**30:.2f} GiB more, "
-                f"{free / 2**30:.2f} GiB are free; free some, or choose another disk (SPARSEFLOW_HOME, or the path given)"
+                f"{free / 2**30:.2f} GiB are free; free some, or choose another (the path given, or SPARSEFLOW_HOME)"
             )
 
     def _file(self, name: str, bar: Any, write: Callable[[str], FileEntry]) -> None:

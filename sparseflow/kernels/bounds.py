@@ -1,7 +1,7 @@
 """Which neurons can be active: an upper bound on every pre-activation, from low-bit codes of fc1 alone.
 
-With fc1's rows w_i = w^_i + e_i, where w^_i is the coded row and e_i its rounding error, and x = x^ + r, where x^ is x in
-16-bit steps:
+With fc1's rows w_i = w^_i + e_i, where w^_i is the coded row and e_i its rounding error, and x = x^ + r, where x^ is x
+in 16-bit steps:
 
     w_i . x + b_i  <=  w^_i . x^ + b_i  +  margin_i  +  ||w^_i|| (||r|| + float error)
 
@@ -67,7 +67,7 @@ class CodedRows(NamedTuple):
 
 @njit(fastmath=_FASTMATH)
 def _quantise_group(x, length, codes):
-    """x[:length] in 16-bit steps. Returns (step, sum of x^2, sum of rounding error^2); a NaN step if x is not finite."""
+    """x[:length] in 16-bit steps. Returns (step, sum of x^2, sum of error^2); a NaN step if x is not finite."""
     squares = np.float32(0)
     peak = np.float32(0)
     for j in range(length):
@@ -227,7 +227,7 @@ def candidates_ref(
     rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
 ) -> NDArray[np.uint32]:
     """The same bounds in float64 without quantising x: never a neuron more than `candidates`, few fewer."""
-    n_neurons, n_groups = rows.scales.shape
+    n_groups = rows.scales.shape[1]
     padded = torch.nn.functional.pad(x.double(), (0, n_groups * GROUP - x.shape[1])).unflatten(1, (n_groups, GROUP))
     coded = rows.codes.double().unflatten(1, (n_groups, GROUP)) * rows.scales.double()[:, :, None]
     score = padded.flatten(1) @ coded.flatten(1).T + rows.bias.double()  # (n_tokens, ffn_dim)

@@ -31,7 +31,7 @@ _TO_FLOAT = {types.uint16: _half_to_float, types.int16: _bfloat_to_float, types.
 
 @intrinsic
 def to_float(typingctx: Any, element: Any) -> Any:
-    """A weight as float32: from half bits (uint16), bfloat16 bits (int16) or float32. One instruction when vectorised."""
+    """A weight as float32, from half bits (uint16), bfloat16 bits (int16) or float32: one vector instruction."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _TO_FLOAT[element](builder, args[0])

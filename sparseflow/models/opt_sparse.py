@@ -154,7 +154,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         super().train(False)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         name: str | Path,
         *,

@@ -84,4 +84,5 @@ def code_layer(weight: NDArray[np.generic], layer: int, seed: int = ROUNDING_SEE
 
 
 def _norm_above(rows: NDArray[np.float64]) -> NDArray[np.float32]:
-    return (np.sqrt(np.einsum("ij,ij->i", rows, rows)) * _UPWARD).astype(np.float32)
+    norms: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return (norms * _UPWARD).astype(np.float32)

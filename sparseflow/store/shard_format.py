@@ -108,7 +108,7 @@ class TensorFileWriter:
 
     def write(self, array: NDArray[np.generic]) -> None:
         """Append the bytes of a C-contiguous array."""
-        view = memoryview(np.ascontiguousarray(array)).cast("B")
+        view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self._file.write(view)
         self._hash.update(view)
         self._written += len(view)
