@@ -64,12 +64,16 @@ def locate(name: str) -> Path:
 class Checkpoint:
     """One checkpoint folder: its configuration, and its tensors by name (`model.` may be left out)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         """
+        Args:
+            name: what people call the model; None: the folder's name.
+
         Raises:
             DiskError: files are missing. UnsupportedModel: not a ReLU OPT.
         """
         self.folder = folder
+        self.name = name or folder.name
         self.config = _read_config(folder)
         self._file_of = _index(folder)
         self._shapes: dict[str, tuple[int, ...]] = {}

@@ -110,13 +110,13 @@ def require_relu_opt(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def profile_of(hf_config: "OPTConfig", dtype: str) -> ModelProfile:
-    """The sizes of a transformers OPT.
+def profile_of(hf_config: "OPTConfig", dtype: str, name: str | None = None) -> ModelProfile:
+    """The sizes of a transformers OPT. name: what people call it; None: where its configuration came from.
 
     Raises:
         UnsupportedModel: not an OPT, or its activation is not ReLU.
     """
-    name = getattr(hf_config, "name_or_path", "") or "unknown"
+    name = name or getattr(hf_config, "name_or_path", "") or "unknown"
     require_relu_opt(hf_config.to_dict(), name)
     return ModelProfile(
         model_identifier=name,

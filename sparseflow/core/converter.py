@@ -66,7 +66,7 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
             with suppress(OSError):  # only if it is empty, made just now
                 unfinished.rmdir()
             raise BadRequest(f"{destination}: exists already; remove it, or choose another place for the store")
-        job = _Conversion(source, unfinished, profile_of(source.config, stored_dtype))
+        job = _Conversion(source, unfinished, profile_of(source.config, stored_dtype, source.name))
         job.run(quiet)
         os.replace(unfinished, destination)
         (destination / _JOURNAL).unlink()

@@ -133,10 +133,10 @@ class DiskWeightStore:
         folder = locate(self._name)
         if (folder / MANIFEST_NAME).is_file():
             return folder
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, self._name.rstrip("/").split("/")[-1])
         identity = json.dumps([str(folder), source_identity(checkpoint), self._dtype, FORMAT_VERSION])
         digest = hashlib.blake2s(identity.encode(), digest_size=6).hexdigest()
-        path = self._cache_dir / f"{Path(self._name).name}-{digest}"
+        path = self._cache_dir / f"{checkpoint.name}-{digest}"
         if not path.exists():
             convert(checkpoint, path, dtype=self._dtype, quiet=self._quiet)
         return path

@@ -33,7 +33,7 @@ from sparseflow.kernels.intrinsics import (
     int64_at,
     uint32_at,
 )
-from sparseflow.kernels.threads import KERNEL_SIGNATURE, barrier, team_rank, team_size
+from sparseflow.kernels.threads import KERNEL_SIGNATURE, team_rank, team_size
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
@@ -115,37 +115,32 @@ def _hoeffding_width(scales, squares, n_groups):
 
 
 @njit(fastmath=_FASTMATH)
-def _find_candidates(block):
-    """Each thread quantises some tokens, then bounds its range of neurons; thread 0 joins the ranges' ids.
+def _find_candidates(block, part, n_parts):
+    """Quantise the tokens, bound one part of the neurons, and list its candidates from its first neuron's place on.
 
-    block: n_neurons, n_groups, n_tokens, hidden, codes (int8), scales, bias, norms, error norms, x, x codes (int16),
-    x steps, x squares, x norms, settings, ids (uint32), counts (int64, one a thread); float32 where not said.
+    block: n_parts, n_neurons, n_groups, n_tokens, hidden, codes (int8), scales, bias, norms, error norms, x,
+    x codes (int16), x steps, x squares, x norms (these four: parts x tokens x ...), settings, ids (uint32: n_neurons),
+    counts (int64: n_parts); float32 where not said.
     settings: which margin (0 or 1), its factor, the factor of all margins, the float error unit.
     """
-    n_neurons, n_groups, n_tokens, hidden = block[0], block[1], block[2], block[3]
-    codes, scales, bias = int8_at(block[4]), float32_at(block[5]), float32_at(block[6])
-    norms, error_norms, x = float32_at(block[7]), float32_at(block[8]), float32_at(block[9])
-    x_codes, x_steps, x_squares = int16_at(block[10]), float32_at(block[11]), float32_at(block[12])
-    x_norms, settings, ids, counts = (
-        float32_at(block[13]),
-        float32_at(block[14]),
-        uint32_at(block[15]),
-        int64_at(block[16]),
-    )
+    n_neurons, n_groups, n_tokens, hidden = block[1], block[2], block[3], block[4]
+    codes, scales, bias = int8_at(block[5]), float32_at(block[6]), float32_at(block[7])
+    norms, error_norms, x = float32_at(block[8]), float32_at(block[9]), float32_at(block[10])
+    settings, ids, counts = float32_at(block[15]), uint32_at(block[16]), int64_at(block[17])
     exact, factor, threshold, float_unit = settings[0] != 0, settings[1], settings[2], settings[3]
-    rank, size = np.int64(team_rank()), np.int64(team_size())
-    width = n_groups * GROUP
+    width, token = n_groups * GROUP, part * n_tokens
+    x_codes, x_steps = advance(int16_at(block[11]), token * width), advance(float32_at(block[12]), token * n_groups)
+    x_squares, x_norms = advance(float32_at(block[13]), token * n_groups), advance(float32_at(block[14]), token * 2)
 
-    for t in range(rank, n_tokens, size):
+    for t in range(n_tokens):
         _quantise_token(
             advance(x, t * hidden), hidden, n_groups, advance(x_codes, t * width), advance(x_steps, t * n_groups),
             advance(x_squares, t * n_groups), advance(x_norms, t * 2), float_unit,
         )  # fmt: skip
-    barrier()
-    first = n_neurons * rank // size
+    first = n_neurons * part // n_parts
     found = advance(ids, first)
     count = 0
-    for i in range(first, n_neurons * (rank + 1) // size):
+    for i in range(first, n_neurons * (part + 1) // n_parts):
         row, row_scales = advance(codes, i * width), advance(scales, i * n_groups)
         rounding = abs(bias[i]) * np.float32(_BIAS_SLACK)
         for t in range(n_tokens):
@@ -160,19 +155,13 @@ def _find_candidates(block):
                 found[count] = i
                 count += 1
                 break
-    counts[rank] = count
-    barrier()
-    if rank == 0:
-        for other in range(1, size):
-            start = n_neurons * other // size
-            for k in range(counts[other]):
-                ids[count + k] = ids[start + k]
-            count += counts[other]
-        counts[0] = count
+    counts[part] = count
 
 
 def _kernel_body(args):
-    _find_candidates(int64_at(args))
+    block = int64_at(args)
+    for part in range(np.int64(team_rank()), block[0], np.int64(team_size())):
+        _find_candidates(block, part, block[0])
 
 
 @cache
@@ -206,21 +195,21 @@ def candidates(
     """
     n_neurons, n_groups = rows.scales.shape
     n_tokens, hidden = x.shape
-    n_threads = torch.get_num_threads()
-    x_codes = np.empty((n_tokens, n_groups * GROUP), np.int16)
-    x_floats = np.empty(2 * n_tokens * n_groups + 2 * n_tokens, np.float32)  # steps, squares, norms
-    x_steps = x_floats.ctypes.data
+    n_parts = torch.get_num_threads()
+    x_codes = np.empty((n_parts, n_tokens, n_groups * GROUP), np.int16)
+    x_floats = np.empty((2 * n_groups + 2) * n_parts * n_tokens, np.float32)  # steps, squares, norms
+    x_steps, plane_nbytes = x_floats.ctypes.data, 4 * n_parts * n_tokens * n_groups
     settings = _settings(margin, failure_probability, threshold, n_groups)
-    ids, counts = np.empty(n_neurons, np.uint32), np.empty(n_threads, np.int64)
+    ids, counts = np.empty(n_neurons, np.uint32), np.zeros(n_parts, np.int64)
     block = (
-        *(n_neurons, n_groups, n_tokens, hidden),
+        *(n_parts, n_neurons, n_groups, n_tokens, hidden),
         *(rows.codes.data_ptr(), rows.scales.data_ptr(), rows.bias.data_ptr()),
         *(rows.norms.data_ptr(), rows.error_norms.data_ptr(), x.data_ptr(), x_codes.ctypes.data),
-        *(x_steps, x_steps + 4 * n_tokens * n_groups, x_steps + 8 * n_tokens * n_groups),
+        *(x_steps, x_steps + plane_nbytes, x_steps + 2 * plane_nbytes),
         *(settings.ctypes.data, ids.ctypes.data, counts.ctypes.data),
     )
-    threads.run(_kernel(), np.array(block, np.int64), n_threads)
-    return ids[: counts[0]]
+    threads.run(_kernel(), np.array(block, np.int64), n_parts)
+    return np.concatenate([ids[n_neurons * part // n_parts :][: counts[part]] for part in range(n_parts)])
 
 
 def candidates_ref(

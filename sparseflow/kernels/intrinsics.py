@@ -9,6 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 GROUP = 64  # elements of a code group; int32 holds a group's sum exactly: 64 * 127 * 32767 < 2**31
+_PREFETCH_AHEAD = 2048  # bytes of codes, asked for before they are read
 _LANES = 16  # float32 lanes of the running sum; LLVM splits them where the machine's vectors are narrower
 
 
@@ -47,6 +48,25 @@ def advance(typingctx: Any, pointer: Any, n_elements: Any) -> Any:
         return builder.gep(args[0], [args[1]])
 
     return pointer(pointer, types.intp), codegen
+
+
+def _prefetch(builder: Any, pointer: Any) -> None:
+    byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+    signature = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), signature)
+    read, into_all_caches, data = i32(0), i32(3), i32(1)
+    builder.call(function, [builder.bitcast(pointer, byte), read, into_all_caches, data])
+
+
+@intrinsic
+def prefetch(typingctx: Any, pointer: Any) -> Any:
+    """Ask for the cache line at a pointer; any address is harmless."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
 
 
 def _pointer_to(element: types.Type) -> Callable[[Any], Any]:
@@ -118,6 +138,8 @@ def grouped_dot(typingctx: Any, codes: Any, x: Any, code_scales: Any, x_scales: 
         with cgutils.for_range(builder, n_groups, intp=index) as loop:
             partial = ir.Constant(lanes_i32, [0] * _LANES)
             first = builder.mul(loop.index, ir.Constant(index, GROUP))
+            ahead = builder.add(first, ir.Constant(index, _PREFETCH_AHEAD))
+            _prefetch(builder, builder.gep(codes, [ahead]))
             for offset in range(0, GROUP, 2 * _LANES):
                 start = builder.add(first, ir.Constant(index, offset))
                 products = builder.mul(

@@ -14,11 +14,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.kernels import threads
-from sparseflow.kernels.intrinsics import advance, bfloat_at, float32_at, half_at, int64_at, to_float, uint32_at
-from sparseflow.kernels.threads import KERNEL_SIGNATURE, barrier, team_rank, team_size
+from sparseflow.kernels.intrinsics import (
+    advance,
+    bfloat_at,
+    float32_at,
+    half_at,
+    int64_at,
+    prefetch,
+    to_float,
+    uint32_at,
+)
+from sparseflow.kernels.threads import KERNEL_SIGNATURE, team_rank, team_size
 
 # Sums may be reordered into vectors; NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz"}
+
+_PREFETCH_STEP = 32  # elements: a cache line of 16-bit weights
 
 
 class SparseMLPOutput(NamedTuple):
@@ -45,55 +56,44 @@ def _add_neuron(total, bundle, bias, x, hidden):
 
 @njit(fastmath=_FASTMATH)
 def _add_neurons(block, bundles):
-    """Each thread adds its share of the neurons to its own partial sum; then all add these up, by columns.
+    """Each thread takes parts of the neurons, and adds each to that part's sum.
 
-    block: n_neurons, n_tokens, hidden, bundles, stride (elements), slots (uint32), neuron ids (uint32), fc1 bias,
-    fc2 bias, x, partial (threads x tokens x hidden), n_active (int64, one a thread), y; float32 where not said.
+    block: n_parts, n_neurons, n_tokens, hidden, bundles, stride (elements), slots (uint32), neuron ids (uint32),
+    fc1 bias, x, sums (zeros: n_parts x tokens x hidden), n_active (int64: n_parts); float32 where not said.
     bundles: a pointer of the weights' type.
     """
-    n_neurons, n_tokens, hidden, stride = block[0], block[1], block[2], block[4]
-    slots, ids, fc1_bias, fc2_bias = (
-        uint32_at(block[5]),
-        uint32_at(block[6]),
-        float32_at(block[7]),
-        float32_at(block[8]),
-    )
-    x, partial, n_active, y = float32_at(block[9]), float32_at(block[10]), int64_at(block[11]), float32_at(block[12])
-    rank, size = np.int64(team_rank()), np.int64(team_size())
+    n_parts, n_neurons, n_tokens, hidden, stride = block[0], block[1], block[2], block[3], block[5]
+    slots, ids, fc1_bias = uint32_at(block[6]), uint32_at(block[7]), float32_at(block[8])
+    x, sums, n_active = float32_at(block[9]), float32_at(block[10]), int64_at(block[11])
     width = n_tokens * hidden
-
-    mine = advance(partial, rank * width)
-    for j in range(width):
-        mine[j] = 0
-    count = 0
-    for n in range(n_neurons * rank // size, n_neurons * (rank + 1) // size):
-        bundle = advance(bundles, np.int64(slots[n]) * stride)
-        bias = fc1_bias[ids[n]]
-        for row in range(0, width, hidden):
-            count += _add_neuron(advance(mine, row), bundle, bias, advance(x, row), hidden)
-    n_active[rank] = count
-    barrier()
-    for row in range(0, width, hidden):
-        for j in range(hidden * rank // size, hidden * (rank + 1) // size):
-            value = fc2_bias[j]
-            for other in range(size):
-                value += partial[other * width + row + j]
-            y[row + j] = value
+    for part in range(np.int64(team_rank()), n_parts, np.int64(team_size())):
+        total = advance(sums, part * width)
+        count = 0
+        end = n_neurons * (part + 1) // n_parts
+        for n in range(n_neurons * part // n_parts, end):
+            bundle = advance(bundles, np.int64(slots[n]) * stride)
+            following = advance(bundles, np.int64(slots[min(n + 1, end - 1)]) * stride)
+            for j in range(0, hidden, _PREFETCH_STEP):
+                prefetch(advance(following, j))
+            bias = fc1_bias[ids[n]]
+            for row in range(0, width, hidden):
+                count += _add_neuron(advance(total, row), bundle, bias, advance(x, row), hidden)
+        n_active[part] = count
 
 
 def _float16(args):
     block = int64_at(args)
-    _add_neurons(block, half_at(block[3]))
+    _add_neurons(block, half_at(block[4]))
 
 
 def _bfloat16(args):
     block = int64_at(args)
-    _add_neurons(block, bfloat_at(block[3]))
+    _add_neurons(block, bfloat_at(block[4]))
 
 
 def _float32(args):
     block = int64_at(args)
-    _add_neurons(block, float32_at(block[3]))
+    _add_neurons(block, float32_at(block[4]))
 
 
 @cache
@@ -119,17 +119,16 @@ def sparse_mlp(
         The sum over the chosen neurons plus fc2's bias. Repeatable for the same ids and number of threads.
     """
     n_tokens, hidden = x.shape
-    n_threads = torch.get_num_threads()
-    y = torch.empty(n_tokens, hidden)
-    partial = torch.empty(n_threads, n_tokens, hidden)
-    n_active = np.zeros(n_threads, np.int64)
+    n_parts = torch.get_num_threads()
+    sums = torch.zeros(n_parts, n_tokens, hidden)
+    n_active = np.zeros(n_parts, np.int64)
     block = (
-        *(len(ids), n_tokens, hidden, bundles.data_ptr(), bundles.stride(0)),
-        *(slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr(), fc2_bias.data_ptr()),
-        *(x.data_ptr(), partial.data_ptr(), n_active.ctypes.data, y.data_ptr()),
+        *(n_parts, len(ids), n_tokens, hidden, bundles.data_ptr(), bundles.stride(0)),
+        *(slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr()),
+        *(x.data_ptr(), sums.data_ptr(), n_active.ctypes.data),
     )
-    threads.run(_kernel(bundles.dtype), np.array(block, np.int64), n_threads)
-    return SparseMLPOutput(y, int(n_active.sum()))
+    threads.run(_kernel(bundles.dtype), np.array(block, np.int64), n_parts)
+    return SparseMLPOutput(sums.sum(0).add_(fc2_bias), int(n_active.sum()))
 
 
 def sparse_mlp_ref(

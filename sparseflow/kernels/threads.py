@@ -3,6 +3,9 @@
 A second thread pool (numba ships its own threading layers, and its OpenMP layer loads another libgomp) would spin
 against torch's on the same cores. So kernels are plain C functions, `void kernel(int64 *args)`, and the OpenMP runtime
 that torch has loaded starts one team of threads for each call: the same threads that compute torch's products.
+
+Kernels have no barrier of their own: on a busy machine each wait for a thread that lost its core costs a time slice
+(three barriers a call made calls 18 times longer beside one other process). What threads found apart is joined after.
 """
 
 import ctypes
@@ -16,14 +19,13 @@ import torch
 from numba import types
 from numba.core.typing.templates import Signature
 
-_SYMBOLS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+_SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 # A kernel's one argument: the address of its int64 argument block.
 KERNEL_SIGNATURE: Signature = types.void(types.intp)
 
 team_rank = types.ExternalFunction("omp_get_thread_num", types.intc())
 team_size = types.ExternalFunction("omp_get_num_threads", types.intc())
-barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 def _loaded_openmp_runtimes() -> list[str]:
@@ -62,7 +64,7 @@ def run(kernel: Any, args: np.ndarray, n_threads: int) -> None:
     """Call a compiled kernel once on each of `n_threads` threads and wait for all.
 
     Args:
-        kernel: a numba `cfunc` of `KERNEL_SIGNATURE`. It splits the work by `team_rank()` of `team_size()`.
+        kernel: a numba `cfunc` of `KERNEL_SIGNATURE`. It takes every `team_size()`th part from `team_rank()` on.
         args: (n,) int64, the kernel's argument block: sizes and addresses; whatever they point to must stay alive.
         n_threads: threads asked for; the runtime may give fewer.
     """

@@ -192,6 +192,20 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         """Start counting anew."""
         self.coordinator.stats = RunStats()
 
+    def bytes_touched_per_token(self) -> int:
+        """Bytes of weights that one decode step reads: the dense part, the codes, and the bundles as counted so far.
+
+        Of an embedding table a token reads a row, of the head all; of a bundle that turns out inactive, fc1's half.
+        """
+        dense = sum(weight.nbytes for name, weight in self.source.dense().items() if "embed_" not in name)
+        if self.config.tie_word_embeddings:
+            dense += self.lm_head.weight.nbytes
+        reads_codes = self.fidelity not in ("dense", "oracle")
+        codes = sum(t.nbytes for t in self.source.predictor_tensors().values()) if reads_codes else 0
+        profile, counts = self.source.profile, self.stats.decode
+        parts = (counts.candidate_share or 0) + (counts.active_share or 0)
+        return int(dense + codes + parts * profile.num_layers * profile.ffn_dimension * profile.part_nbytes)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -1,24 +1,31 @@
 """How much memory is in use, by whom."""
 
+import time
 from typing import NamedTuple
 
-import psutil
 import torch
 
 GIB = 2**30
 
 
 class ProcessMemory(NamedTuple):
-    """Bytes of this process: pages of its own, and pages of files that other processes can share."""
+    """Resident bytes of this process. private: its own pages. shared: pages of files, which other processes can use."""
 
     private: int
     shared: int
 
 
 def process_memory() -> ProcessMemory:
-    """Resident memory of this process as the kernel counts it."""
-    memory = psutil.Process().memory_full_info()
-    return ProcessMemory(memory.uss, memory.rss - memory.uss)
+    """Memory in use now, as the kernel counts it."""
+    status = _status_bytes()
+    return ProcessMemory(status["RssAnon"], status["RssFile"] + status["RssShmem"])
+
+
+def _status_bytes() -> dict[str, int]:
+    """The fields of /proc/self/status that are sizes, in bytes."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        lines = [line.split() for line in status]
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1:] == ["kB"]}
 
 
 def measure_memory_usage() -> tuple[float, float]:
@@ -29,13 +36,8 @@ def measure_memory_usage() -> tuple[float, float]:
     """
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / GIB, torch.cuda.max_memory_allocated() / GIB
-    fields = {}
-    with open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            name, _, value = line.partition(":")
-            fields[name] = value
-    now, peak = (int(fields[name].split()[0]) * 1024 / GIB for name in ("VmRSS", "VmHWM"))
-    return now, max(now, peak)
+    status = _status_bytes()
+    return status["VmRSS"] / GIB, max(status["VmRSS"], status["VmHWM"]) / GIB
 
 
 def reset_memory_stats() -> None:
@@ -49,3 +51,14 @@ def reset_memory_stats() -> None:
             clear.write("5")  # resets VmHWM
     except PermissionError:
         pass
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which torch's threads read memory now: the best of three sums over 256 MiB."""
+    block = torch.ones(2**25, dtype=torch.int64)
+    best_s = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        block.sum()
+        best_s = min(best_s, time.perf_counter() - start)
+    return block.nbytes / best_s

@@ -1,0 +1,46 @@
+"""Arguments that several commands share. Defaults are read from where they are written: the strategy."""
+
+import argparse
+from pathlib import Path
+
+from sparseflow.core.config import OffloadStrategy
+from sparseflow.store.profile import DTYPE_NBYTES
+
+DEMO_MODEL = Path(__file__).parent.parent / "assets" / "demo_model"
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype"""
+    parser.add_argument(
+        "--dtype", help=f"store the weights as {', '.join(DTYPE_NBYTES)}; else as the checkpoint has them"
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """How a model is opened."""
+    default = OffloadStrategy()
+    add_dtype(parser)
+    parser.add_argument(
+        "--memory", default="auto", help="the most that weights may take, such as 6GiB; auto: what is free"
+    )
+    parser.add_argument("--fidelity", default="exact", help="exact, certified or dense")
+    parser.add_argument(
+        "--cpu-cache-ratio",
+        type=float,
+        default=default.cpu_cache_ratio,
+        help="share of all bundles kept in host memory",
+    )
+    parser.add_argument(
+        "--activation-threshold",
+        type=float,
+        default=default.activation_threshold,
+        help="scales the margin of the bound; 1.0 keeps the fidelity's promise",
+    )
+    parser.add_argument("--threads", type=int, help="compute threads; else torch's own choice")
+
+
+def strategy_of(arguments: argparse.Namespace) -> OffloadStrategy:
+    """The strategy that the arguments of `add_model` describe."""
+    return OffloadStrategy(
+        cpu_cache_ratio=arguments.cpu_cache_ratio, activation_threshold=arguments.activation_threshold
+    )

@@ -1,0 +1,41 @@
+"""Make a store from a transformers OPT checkpoint.
+
+A conversion that was stopped goes on where it was when the same command is run again.
+"""
+
+import argparse
+from pathlib import Path
+
+from sparseflow.cli.arguments import add_dtype
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL STORE --dtype --quiet"""
+    parser.add_argument("model", help="a transformers checkpoint folder, or a hub id")
+    parser.add_argument("store", type=Path, help="the store to make; must not exist")
+    add_dtype(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, object]:
+    """Convert, and say what was made."""
+    from sparseflow.core.checkpoint import Checkpoint, locate
+    from sparseflow.core.converter import convert
+    from sparseflow.store.manifest import Manifest
+
+    store = convert(
+        Checkpoint(locate(arguments.model), arguments.model.rstrip("/").split("/")[-1]),
+        arguments.store,
+        dtype=arguments.dtype,
+        quiet=arguments.quiet,
+    )
+    manifest = Manifest.load(store)
+    result = {
+        "store": str(store),
+        "dtype": manifest.profile.dtype,
+        "nbytes": manifest.nbytes_under(""),
+        "fingerprint": manifest.weights_fingerprint,
+    }
+    if not arguments.json:
+        print(f"{store}: {manifest.nbytes_under('') / 2**30:.2f} GiB, {manifest.profile.dtype}")
+    return result

@@ -1,0 +1,62 @@
+"""The `sparseflow` command: reads the command line, runs one subcommand, turns errors into exit codes."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import sparseflow
+from sparseflow.cli import convert, demo, generate, info, verify, version
+from sparseflow.errors import BadRequest, SparseFlowError, UnsupportedModel
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_COMMANDS = {
+    "convert": convert,
+    "generate": generate,
+    "demo": demo,
+    "verify": verify,
+    "info": info,
+    "version": version,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Each subcommand's module adds its own arguments; its docstring is its help."""
+    parser = argparse.ArgumentParser(prog="sparseflow", description=sparseflow.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        text = module.__doc__ or ""
+        command = commands.add_parser(
+            name,
+            help=text.split("\n", 1)[0],
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; results on stdout, all else on stderr. Returns 0 ok, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=os.environ.get("SPARSEFLOW_LOG", "WARNING").upper(), stream=sys.stderr)
+    try:
+        result: dict[str, object] = arguments.run(arguments)
+    except SparseFlowError as error:
+        print(f"sparseflow: error: {error}", file=sys.stderr)
+        wrong_usage = isinstance(error, BadRequest) and not isinstance(error, UnsupportedModel)
+        return EXIT_USAGE if wrong_usage else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    if arguments.json:
+        print(json.dumps(result))
+    return EXIT_OK if result.get("ok", True) else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Running a model for a person: streamed text, times, and the result fields that every command reports alike."""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TextStreamer
+
+from sparseflow.models.opt_sparse import SparseOPTForCausalLM
+from sparseflow.utils.tensor_ops import process_memory, read_bandwidth
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Run:
+    """One finished generation. Times in seconds since `generate` was called; the first token's is the first entry."""
+
+    prompt_tokens: int
+    token_ids: list[int]
+    text: str
+    token_times_s: list[float] = field(default_factory=list)
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """None where no token was made."""
+        return self.token_times_s[0] if self.token_times_s else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first over the time they took; None where there are none."""
+        times = self.token_times_s
+        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+
+
+class _Clock(TextStreamer):
+    """Notes when each token came, and prints the text where asked to."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prints: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._prints = prints
+        self._prompt_seen = False
+        self.start = time.perf_counter()
+        self.times_s: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.times_s.append(time.perf_counter() - self.start)
+        self._prompt_seen = True
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._prints:
+            print(text, end="\n" if stream_end else "", flush=True)
+
+
+def generate(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", prompt: str, *, max_new_tokens: int, stream: bool, **sampling: Any
+) -> Run:
+    """Generate after one prompt, with any transformers model.
+
+    Args:
+        stream: print the text to stdout as it comes.
+        sampling: passed to `model.generate`.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt")
+    clock = _Clock(tokenizer, stream)
+    with torch.inference_mode():
+        output = model.generate(
+            inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            **sampling,
+        )
+    n_prompt = inputs.input_ids.shape[1]
+    ids = output[0, n_prompt:].tolist()
+    return Run(n_prompt, ids, tokenizer.decode(ids, skip_special_tokens=True), clock.times_s)
+
+
+def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[str, Any]:
+    """The result of a run, under the names that every command uses; SI units, None for what this version has not."""
+    counts = model.stats.decode
+    memory = process_memory()
+    touched = model.bytes_touched_per_token()
+    return {
+        "text": run.text,
+        "token_ids": run.token_ids,
+        "prompt_tokens": run.prompt_tokens,
+        "fidelity": model.fidelity,
+        "decode_tokens_per_s": run.decode_tokens_per_s,
+        "time_to_first_token_s": run.time_to_first_token_s,
+        "load_s": load_s,
+        "active_share": counts.active_share,
+        "candidate_share": counts.candidate_share,
+        "dense_layer_share": counts.dense_layer_share,
+        "hit_rate": None,
+        "evictions": None,
+        "bytes_from_disk": None,
+        "bytes_to_device": None,
+        "bytes_touched_per_token": touched,
+        "limit_tokens_per_s": read_bandwidth() / touched if touched else None,
+        "messages_per_token": None,
+        "recall": counts.recall,
+        "recall_samples": counts.audited or None,
+        "memory": {
+            "private": memory.private,
+            "shared": memory.shared,
+            "pinned": None,
+            "page_cache": None,
+            "device": None,
+        },
+    }
