@@ -306,6 +306,7 @@ def measure(model: OPTForCausalLM, heldout_ids: torch.Tensor, recipe: Recipe) ->
 
 
 def results_text(cross_entropy: float, shares: list[tuple[float, ...]], recipe: Recipe) -> str:
+    """What came out, in Markdown."""
     lines = [
         f"Held-out cross entropy {cross_entropy:.3f} nats per token (windows of {recipe.sequence}). Per layer:\n",
         "| layer | active | active again at the next token | activity of the 30 % most frequent | never active |",
@@ -343,6 +344,7 @@ def claim_folder(out: Path, checkpoint: Path, *, resume: bool) -> None:
 
 
 def report(line: str) -> None:
+    """One line of progress, on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -382,6 +384,7 @@ def run(arguments: argparse.Namespace) -> bool:
 
 
 def main(argv: list[str]) -> int:
+    """Read the command line and train. Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help="plain text files, UTF-8")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder, new or empty")

@@ -19,12 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Convert, and say what was made."""
-    from sparseflow.core.checkpoint import Checkpoint, locate
+    from sparseflow.core.checkpoint import Checkpoint, locate, model_name
     from sparseflow.core.converter import convert
     from sparseflow.store.manifest import Manifest
 
     store = convert(
-        Checkpoint(locate(arguments.model), arguments.model.rstrip("/").split("/")[-1]),
+        Checkpoint(locate(arguments.model), model_name(arguments.model)),
         arguments.store,
         dtype=arguments.dtype,
         quiet=arguments.quiet,

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; results on stdout, all else on stderr. Returns 0 ok, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run one command; results on stdout, all else on stderr. Returns 0 ok, 1 failed, 2 wrong usage, 130 stopped."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=os.environ.get("SPARSEFLOW_LOG", "WARNING").upper(), stream=sys.stderr)
     try:

@@ -7,12 +7,11 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseflow.core.config import dtype_name, require_relu_opt
-from sparseflow.errors import DiskError, UnsupportedModel
+from sparseflow.core.config import dtype_name, require_relu_opt, require_sizes
+from sparseflow.errors import BadRequest, DiskError, UnsupportedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +36,10 @@ def locate(name: str) -> Path:
     Raises:
         DiskError: there is no such folder, and the hub does not have it or cannot be asked.
     """
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise DiskError(f"{name}: no such folder ({error})") from error
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
@@ -61,6 +63,12 @@ def locate(name: str) -> Path:
         raise DiskError(f"{name}: no folder of that name, and the hub says: {error}") from error
 
 
+def model_name(name: str) -> str:
+    """What people call the model that `locate(name)` finds: the folder's name, or the hub id's last part."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else name.split("/")[-1]
+
+
 class Checkpoint:
     """One checkpoint folder: its configuration, and its tensors by name (`model.` may be left out)."""
 
@@ -76,7 +84,6 @@ class Checkpoint:
         self.name = name or folder.name
         self.config = _read_config(folder)
         self._file_of = _index(folder)
-        self._shapes: dict[str, tuple[int, ...]] = {}
         self._opened: tuple[str, Mapping[str, Any]] | None = None
 
     def files(self) -> list[Path]:
@@ -92,29 +99,47 @@ class Checkpoint:
         Raises:
             UnsupportedModel: not float16, bfloat16 or float32.
         """
-        dtype = str(self.tensor("decoder.layers.0.fc1.weight").dtype)
-        with suppress(ValueError):
-            return dtype_name(dtype)
-        raise UnsupportedModel(
-            f"{self.folder}: weights are {dtype}; SparseFlow reads float16, bfloat16 and float32. "
-            "Use the checkpoint before it was quantised"
-        )
+        return dtype_name(self.tensor("decoder.layers.0.fc1.weight").dtype)
 
     def tensor(self, name: str) -> "Tensor":
         """One tensor, a view of the file where its format allows. `release` gives its memory back.
 
         Raises:
-            DiskError: missing or unreadable.
+            DiskError: missing or unreadable. UnsupportedModel: not float16, bfloat16 or float32.
         """
         key = self._key(name)
         if key is None:
             raise DiskError(f"{self.folder}: tensor {name!r} is in none of {len(self.files())} weight files")
         tensors = self._open(self._file_of[key])
+        path = self.folder / self._file_of[key]
+        tensor: Tensor | None = tensors.get(key)
+        if not hasattr(tensor, "dtype") or tensor is None:
+            raise DiskError(f"{path}: holds no tensor {key!r}; is it a whole checkpoint?")
         try:
-            tensor: Tensor = tensors[key]
-        except KeyError as error:
-            raise DiskError(f"{self.folder / self._file_of[key]}: tensor {key!r} is missing") from error
+            dtype_name(tensor.dtype)
+        except BadRequest as error:
+            raise UnsupportedModel(
+                f"{path}: {key!r} is {tensor.dtype}; SparseFlow reads float16, bfloat16 and float32. "
+                "Use the checkpoint before it was quantised"
+            ) from error
         return tensor
+
+    def shaped(self, name: str, shape: tuple[int, ...]) -> "Tensor":
+        """`tensor`, after checking that it is what config.json says.
+
+        Raises:
+            DiskError: it has another shape.
+        """
+        tensor = self.tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise DiskError(f"{self.folder}: tensor {name!r} is {tuple(tensor.shape)}, config.json says {shape}")
+        return tensor
+
+    def identity(self) -> list[list[str | int]]:
+        """Name, size and time of every file that a store depends on; another list once any was touched."""
+        companions = [path for path in (self.folder / name for name in COMPANION_FILES) if path.is_file()]
+        facts = [(path.name, path.stat()) for path in (self.folder / "config.json", *companions, *self.files())]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts]
 
     def release(self) -> None:
         """Close the file that is open, so that its pages no longer count as this process's memory."""
@@ -140,8 +165,15 @@ def _read_config(folder: Path) -> "OPTConfig":
         raise DiskError(f"{folder}: no config.json; give a transformers checkpoint folder") from error
     except (OSError, ValueError) as error:
         raise DiskError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise DiskError(f"{path}: holds {type(content).__name__}, not a configuration")
     require_relu_opt(content, str(folder))
-    return OPTConfig.from_dict(content)
+    try:
+        config = OPTConfig.from_dict(content)
+    except Exception as error:  # transformers checks each field in its own way
+        raise UnsupportedModel(f"{path}: {str(error).strip().splitlines()[-1].strip()}") from error
+    require_sizes(config, str(path))
+    return config
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -153,8 +185,10 @@ def _index(folder: Path) -> dict[str, str]:
         if listing.is_file():
             try:
                 weight_map: dict[str, str] = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise DiskError(f"{listing}: cannot be read ({error})") from error
+                if not isinstance(weight_map, dict):
+                    raise TypeError(f"weight_map is {weight_map!r}")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DiskError(f"{listing}: no index of weights ({error}); is the download complete?") from error
             _require_files(folder, weight_map.values())
             return weight_map
     raise DiskError(
@@ -196,9 +230,12 @@ def _open_weights(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             return _LazyTensors(path)
         # Files older than torch 1.6 are no zip archives and cannot be mapped.
-        content: Mapping[str, Any] = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-        return content
-    except Exception as error:  # whatever a damaged file makes its parser raise
-        raise DiskError(f"{path}: cannot be read as weights ({error}); is the download complete?") from error
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or hostile file makes its parser raise
+        reason = (str(error) or type(error).__name__).splitlines()[0].split("(1)")[0].strip()
+        raise DiskError(
+            f"{path}: cannot be read as plain weights ({reason}); is the download complete, and from whom?"
+        ) from error
+    if not isinstance(content, dict):
+        raise DiskError(f"{path}: holds {type(content).__name__}, not tensors by name; is it a checkpoint?")
+    return content

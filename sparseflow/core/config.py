@@ -4,14 +4,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from sparseflow.errors import BadRequest, UnsupportedModel
+from sparseflow.errors import BadRequest, FingerprintMismatch, UnsupportedModel
 from sparseflow.store.profile import DTYPE_NBYTES, ModelProfile
 
 if TYPE_CHECKING:
     import torch
     from transformers import OPTConfig
 
-__all__ = ["ModelProfile", "OffloadStrategy", "SparseFlowConfig", "dtype_name", "profile_of", "require_relu_opt"]
+__all__ = [
+    "ModelProfile",
+    "OffloadStrategy",
+    "SparseFlowConfig",
+    "dtype_name",
+    "profile_of",
+    "require_relu_opt",
+    "require_resident",
+    "require_same_network",
+    "require_sizes",
+    "same_sizes",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,18 @@ class OffloadStrategy:
                 f"activation_threshold={self.activation_threshold!r}: give a factor of the margin, 0 or more; "
                 "1.0 keeps the fidelity as it is"
             )
+
+
+def require_resident(strategy: OffloadStrategy) -> None:
+    """
+    Raises:
+        BadRequest: the strategy asks for less than all bundles in host memory.
+    """
+    if strategy.cpu_cache_ratio < 1 or strategy.aggressive_offload:
+        raise BadRequest(
+            f"cpu_cache_ratio={strategy.cpu_cache_ratio}, aggressive_offload={strategy.aggressive_offload}: "
+            "this version keeps all bundles in host memory; use cpu_cache_ratio=1.0 and aggressive_offload=False"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +130,56 @@ def require_relu_opt(config: Mapping[str, Any], where: str) -> None:
         raise UnsupportedModel(
             f"{where}: activation_function {activation!r}; a neuron can only be skipped where its activation is "
             "exactly zero, which ReLU gives and this one does not. Use a ReLU checkpoint (the OPT models are)"
+        )
+
+
+def require_sizes(config: "OPTConfig", where: str) -> None:
+    """
+    Raises:
+        UnsupportedModel: sizes that no model can have.
+    """
+    sizes = ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "vocab_size", "word_embed_proj_dim")
+    for name in (*sizes, "max_position_embeddings"):
+        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
+            raise UnsupportedModel(f"{where}: {name} is {getattr(config, name)!r}; it must be a number above 0")
+    if config.hidden_size % config.num_attention_heads:
+        raise UnsupportedModel(
+            f"{where}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} attention heads"
+        )
+
+
+# What of a transformers configuration decides which network the weights are for.
+_NETWORK_FIELDS = (
+    "hidden_size",
+    "ffn_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "word_embed_proj_dim",
+    "max_position_embeddings",
+    "do_layer_norm_before",
+    "enable_bias",
+    "layer_norm_elementwise_affine",
+    "tie_word_embeddings",
+    "_remove_final_layer_norm",
+)
+
+
+def require_same_network(given: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+    """Compare two configurations, as dictionaries.
+
+    Raises:
+        FingerprintMismatch: naming each field that differs.
+    """
+    differing = [
+        f"{name}: {given.get(name)!r} given, {stored.get(name)!r} stored"
+        for name in _NETWORK_FIELDS
+        if given.get(name) != stored.get(name)
+    ]
+    if differing:
+        raise FingerprintMismatch(
+            f"{where}: the configuration given is of another model ({'; '.join(differing)}); "
+            "use the configuration in the store"
         )
 
 

@@ -57,9 +57,9 @@ class WeightCache:
 
     def touch(self, neurons: NDArray[np.int64]) -> NDArray[np.int64]:
         """The slot of each neuron, -1 where it has none; those that have one were used now."""
+        self._clock += 1
         slots = self.slots(neurons)
         if self._lru:
-            self._clock += 1
             self._stamp[slots[slots != _EMPTY]] = self._clock
         return slots
 
@@ -73,20 +73,16 @@ class WeightCache:
             raise BadRequest(f"{len(neurons)} neurons for {self.capacity} slots; place them in parts")
         slots = self.touch(neurons)
         missing = neurons[slots == _EMPTY]
-        if len(missing):
-            order = self._stamp.copy()
-            order[slots[slots != _EMPTY]] = np.iinfo(np.int64).max
-            order[self._neuron_in == _EMPTY] = -1
-            chosen = np.argsort(order, kind="stable")[: len(missing)]
-            evicted = self._neuron_in[chosen]
-            evicted = evicted[evicted != _EMPTY]
-            self._slot_of[evicted] = _EMPTY
-            self._neuron_in[chosen] = missing
-            self._slot_of[missing] = chosen
-            self._clock += 1
-            self._stamp[chosen] = self._clock
-        else:
-            evicted = missing
+        order = self._stamp.copy()
+        order[slots[slots != _EMPTY]] = np.iinfo(np.int64).max
+        order[self._neuron_in == _EMPTY] = -1
+        chosen = np.argsort(order, kind="stable")[: len(missing)]
+        victims = self._neuron_in[chosen]
+        evicted = victims[victims != _EMPTY]
+        self._slot_of[evicted] = _EMPTY
+        self._neuron_in[chosen] = missing
+        self._slot_of[missing] = chosen
+        self._stamp[chosen] = self._clock
         return Placement(self._slot_of[neurons], evicted)
 
     def access(self, neuron_idx: int) -> int | None:

@@ -13,13 +13,13 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from sparseflow.core.checkpoint import Checkpoint, locate
-from sparseflow.core.config import OffloadStrategy, dtype_name, profile_of, same_sizes
-from sparseflow.core.converter import convert, source_identity
+from sparseflow.core.checkpoint import Checkpoint, locate, model_name
+from sparseflow.core.config import OffloadStrategy, dtype_name, require_resident, require_same_network
+from sparseflow.core.converter import convert
 from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.weight_source import HostBundles, SourceStatus
 from sparseflow.engine.resident import ResidentShards
-from sparseflow.errors import BadRequest, DiskError, FingerprintMismatch, NotEnoughMemory
+from sparseflow.errors import BadRequest, DiskError, NotEnoughMemory
 from sparseflow.store.manifest import (
     DENSE_NAME,
     FORMAT_VERSION,
@@ -106,6 +106,7 @@ class DiskWeightStore:
             NotEnoughMemory: the weights do not fit.
             DiskError, UnsupportedModel, BadRequest: as their texts say.
         """
+        require_resident(strategy or OffloadStrategy())
         self.path = self._find_or_convert()
         self.manifest = Manifest.load(self.path)
         self.profile: ModelProfile = self.manifest.profile
@@ -114,15 +115,13 @@ class DiskWeightStore:
                 f"{self.path}: holds {self.profile.dtype}, {self._dtype} is asked for; "
                 f"convert the checkpoint again with --dtype {self._dtype}"
             )
-        if hf_config is not None and not same_sizes(profile_of(hf_config, self.profile.dtype), self.profile):
-            raise FingerprintMismatch(
-                f"{self.path}: holds {self.profile}, but the configuration given describes "
-                f"{profile_of(hf_config, self.profile.dtype)}; use the configuration in the store"
-            )
-        self._require_resident(strategy or OffloadStrategy(), memory)
+        self._require_memory(memory)
         for name, entry in self.manifest.files.items():
             if not name.startswith("neurons/"):
                 check_content(self.path, name, entry)
+        if hf_config is not None:
+            stored = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            require_same_network(hf_config.to_dict(), stored, str(self.path))
         self.model_files: Mapping[str, bytes] = {
             name: (self.path / name).read_bytes() for name in self.manifest.files if not name.endswith(".safetensors")
         }
@@ -133,20 +132,19 @@ class DiskWeightStore:
         folder = locate(self._name)
         if (folder / MANIFEST_NAME).is_file():
             return folder
-        checkpoint = Checkpoint(folder, self._name.rstrip("/").split("/")[-1])
-        identity = json.dumps([str(folder), source_identity(checkpoint), self._dtype, FORMAT_VERSION])
+        checkpoint = Checkpoint(folder, model_name(self._name))
+        identity = json.dumps([str(folder), checkpoint.identity(), self._dtype, FORMAT_VERSION])
         digest = hashlib.blake2s(identity.encode(), digest_size=6).hexdigest()
         path = self._cache_dir / f"{checkpoint.name}-{digest}"
         if not path.exists():
-            convert(checkpoint, path, dtype=self._dtype, quiet=self._quiet)
+            try:
+                convert(checkpoint, path, dtype=self._dtype, quiet=self._quiet)
+            except BadRequest:
+                if not path.exists():  # else another process was faster
+                    raise
         return path
 
-    def _require_resident(self, strategy: OffloadStrategy, memory: str | int) -> None:
-        if strategy.cpu_cache_ratio < 1 or strategy.aggressive_offload:
-            raise BadRequest(
-                f"cpu_cache_ratio={strategy.cpu_cache_ratio}, aggressive_offload={strategy.aggressive_offload}: "
-                "this version keeps all bundles in host memory; use cpu_cache_ratio=1.0 and aggressive_offload=False"
-            )
+    def _require_memory(self, memory: str | int) -> None:
         needed = self.manifest.nbytes_under("")
         automatic = memory == "auto"
         limit = psutil.virtual_memory().available if automatic else parse_size(memory)
@@ -158,7 +156,7 @@ class DiskWeightStore:
             )
 
     @property
-    def _open(self) -> ResidentShards:
+    def _shards(self) -> ResidentShards:
         if self._resident is None:
             raise BadRequest(f"{self._name}: the store is not open; call initialize_from_pretrained() first")
         return self._resident
@@ -167,17 +165,19 @@ class DiskWeightStore:
     def _bundles(self) -> "list[Tensor]":
         import torch
 
-        p, shards = self.profile, self._open
+        shards, p = self._shards, self.profile
         shape = (p.ffn_dimension, p.parts_per_bundle, p.hidden_dimension)
         dtype = getattr(torch, p.dtype)
         return [torch.from_numpy(shards.layer(n)).view(dtype).view(shape) for n in range(p.num_layers)]
 
     def dense(self) -> "Mapping[str, Tensor]":
         """All weights but the bundles, as `WeightSource.dense`."""
+        self._shards  # noqa: B018  raises where the store is not open
         return map_tensors(self.path / DENSE_NAME)
 
     def predictor_tensors(self) -> "Mapping[str, Tensor]":
         """Codes of fc1, as `WeightSource.predictor_tensors`."""
+        self._shards  # noqa: B018  raises where the store is not open
         return {
             f"{layer}.{name}": tensor
             for layer in range(self.profile.num_layers)
@@ -189,17 +189,14 @@ class DiskWeightStore:
 
     def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "ResidentFetch":
         """Every bundle lies in the slot of its own id."""
-        self._open  # noqa: B018  raises if closed
         return ResidentFetch(HostBundles(self._bundles[layer], ids))
 
     def status(self) -> SourceStatus:
         """What is held now."""
-        p = self.profile
-        n_bundles = p.num_layers * p.ffn_dimension
-        memory = {"shared": self.manifest.nbytes_under("") if self._resident else 0, "private": 0}
-        return SourceStatus(
-            "ready" if self._resident else "closed", n_bundles, n_bundles if self._resident else 0, memory
-        )
+        if self._resident is None:
+            return SourceStatus("closed", 0, 0, {"shared": 0, "private": 0})
+        n_bundles = self.profile.num_layers * self.profile.ffn_dimension
+        return SourceStatus("ready", n_bundles, n_bundles, {"shared": self.manifest.nbytes_under(""), "private": 0})
 
     def close(self) -> None:
         """Let go of the weights; models built on this store must not be used afterwards."""

@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from sparseflow.errors import ShardCorrupt
 from sparseflow.store.manifest import Manifest, check_size, shard_name
-from sparseflow.store.profile import ModelProfile
 from sparseflow.store.shard_format import bundle_checksums, map_file, read_places, shard_specs
 
 
@@ -29,7 +29,7 @@ class ResidentShards:
             name = shard_name(layer)
             check_size(store, name, manifest.files[name])
         with ThreadPoolExecutor() as pool:
-            shards = list(pool.map(lambda layer: _map_shard(store, layer, manifest.profile), layers))
+            shards = list(pool.map(lambda layer: _map_shard(store, layer, manifest), layers))
         self._maps: list[mmap.mmap] = [mapping for mapping, _ in shards]
         self._bundles = [bundles for _, bundles in shards]
 
@@ -43,21 +43,19 @@ class ResidentShards:
         self._maps.clear()
 
 
-def _map_shard(store: Path, layer: int, profile: ModelProfile) -> tuple[mmap.mmap, NDArray[np.uint8]]:
-    path = store / shard_name(layer)
+def _map_shard(store: Path, layer: int, manifest: Manifest) -> tuple[mmap.mmap, NDArray[np.uint8]]:
+    profile, path = manifest.profile, store / shard_name(layer)
     places = read_places(path)
     expected = shard_specs(profile.ffn_dimension, profile.hidden_dimension, profile.dtype)
     if [place.spec for place in places.values()] != expected:
         raise ShardCorrupt(f"{path}: holds {list(places)}, not the bundles of this model; convert the model again")
     mapping = map_file(path)
     content = np.frombuffer(mapping, np.uint8)
-    start, ends = places["bundles"].offset, places["checksums"].offset
-    bundles = content[start:ends].reshape(profile.ffn_dimension, profile.bundle_nbytes)
+    start, end = places["bundles"].offset, places["checksums"].offset
+    bundles = content[start:end].reshape(profile.ffn_dimension, profile.bundle_nbytes)
     mapping.madvise(mmap.MADV_WILLNEED)
-    wrong = np.flatnonzero(bundle_checksums(bundles) != content[ends:].view(np.uint64))
-    if len(wrong):
-        raise ShardCorrupt(
-            f"{path}: layer {layer}, {len(wrong)} of {len(bundles)} bundles differ from their checksum, "
-            f"neuron {wrong[0]} first; convert the model again"
-        )
+    if xxhash.xxh3_64_hexdigest(content.data) != manifest.files[shard_name(layer)].xxh3_64:
+        wrong = np.flatnonzero(bundle_checksums(bundles) != content[end:].view(np.uint64))
+        what = f"{len(wrong)} of {len(bundles)} bundles, neuron {wrong[0]} first," if len(wrong) else "bytes"
+        raise ShardCorrupt(f"{path}: layer {layer}, {what} differ from their checksum; convert the model again")
     return mapping, bundles

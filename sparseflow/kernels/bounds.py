@@ -27,6 +27,7 @@ from sparseflow.kernels.intrinsics import (
     GROUP,
     advance,
     float32_at,
+    float64_at,
     grouped_dot,
     int8_at,
     int16_at,
@@ -37,10 +38,10 @@ from sparseflow.kernels.threads import KERNEL_SIGNATURE, team_rank, team_size
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
-# Head-room over the rounding of these kernels' own float32 arithmetic (unit 2**-24), each far above the worst case.
-_MARGIN_SLACK = 1 + 2.0**-10  # sums of up to 4096 squares, a square root, products
-_RESIDUAL_SLACK = 1 + 2.0**-5  # x - x^ is computed with an error of at most 1/256 of a step
+# Head-room over the rounding of these kernels' own arithmetic. Scores are float32 (unit 2**-24), margins float64.
+_MARGIN_SLACK = 1 + 2.0**-20
 _BIAS_SLACK = 2.0**-22
+_UNDERFLOW_SLACK = 1e-30  # products of float32 scales that round to 0; a pre-activation this near to 0 is a candidate
 
 
 class Margin(enum.IntEnum):
@@ -68,23 +69,23 @@ class CodedRows(NamedTuple):
 @njit(fastmath=_FASTMATH)
 def _quantise_group(x, length, codes):
     """x[:length] in 16-bit steps. Returns (step, sum of x^2, sum of error^2); a NaN step if x is not finite."""
-    squares = np.float32(0)
+    squares = 0.0
     peak = np.float32(0)
     for j in range(length):
-        squares += x[j] * x[j]
+        squares += np.float64(x[j]) * np.float64(x[j])
         peak = max(peak, abs(x[j]))
     for j in range(GROUP):
         codes[j] = 0
-    if not squares < np.float32(np.inf):
+    if not squares < np.inf:
         return np.float32(np.nan), squares, squares
     step = peak / np.float32(32767)
     if step < np.float32(1e-30):  # too small to divide by: all of x counts as error
         return np.float32(0), squares, squares
-    residual = np.float32(0)
+    residual = 0.0
     for j in range(length):
-        code = np.rint(x[j] / step)
-        codes[j] = np.int16(min(max(code, np.float32(-32767)), np.float32(32767)))
-        difference = x[j] - step * np.float32(codes[j])
+        code = min(max(np.rint(x[j] / step), np.float32(-32767)), np.float32(32767))
+        codes[j] = np.int16(code)
+        difference = np.float64(x[j]) - np.float64(step) * np.float64(code)
         residual += difference * difference
     return step, squares, residual
 
@@ -92,8 +93,8 @@ def _quantise_group(x, length, codes):
 @njit(fastmath=_FASTMATH)
 def _quantise_token(x, hidden, n_groups, codes, steps, squares, norms, float_unit):
     """norms: two floats, ||x|| and the bound's factor of ||w^_i||."""
-    total = np.float32(0)
-    residual = np.float32(0)
+    total = 0.0
+    residual = 0.0
     for g in range(n_groups):
         first = g * GROUP
         steps[g], squares[g], group_residual = _quantise_group(
@@ -102,15 +103,16 @@ def _quantise_token(x, hidden, n_groups, codes, steps, squares, norms, float_uni
         total += squares[g]
         residual += group_residual
     norms[0] = np.sqrt(total)
-    norms[1] = np.sqrt(residual) * np.float32(_RESIDUAL_SLACK) + norms[0] * float_unit
+    norms[1] = np.sqrt(residual) + norms[0] * float_unit
 
 
 @njit(fastmath=_FASTMATH)
 def _hoeffding_width(scales, squares, n_groups):
     """sqrt(sum_g s_g^2 ||x_g||^2)"""
-    total = np.float32(0)
+    total = 0.0
     for g in range(n_groups):
-        total += scales[g] * scales[g] * squares[g]
+        scale = np.float64(scales[g])
+        total += scale * scale * squares[g]
     return np.sqrt(total)
 
 
@@ -119,18 +121,18 @@ def _find_candidates(block, part, n_parts):
     """Quantise the tokens, bound one part of the neurons, and list its candidates from its first neuron's place on.
 
     block: n_parts, n_neurons, n_groups, n_tokens, hidden, codes (int8), scales, bias, norms, error norms, x,
-    x codes (int16), x steps, x squares, x norms (these four: parts x tokens x ...), settings, ids (uint32: n_neurons),
-    counts (int64: n_parts); float32 where not said.
+    x codes (int16), x steps, x squares (float64), x norms (float64) (these four: parts x tokens x ...),
+    settings (float64), ids (uint32: n_neurons), counts (int64: n_parts); float32 where not said.
     settings: which margin (0 or 1), its factor, the factor of all margins, the float error unit.
     """
     n_neurons, n_groups, n_tokens, hidden = block[1], block[2], block[3], block[4]
     codes, scales, bias = int8_at(block[5]), float32_at(block[6]), float32_at(block[7])
     norms, error_norms, x = float32_at(block[8]), float32_at(block[9]), float32_at(block[10])
-    settings, ids, counts = float32_at(block[15]), uint32_at(block[16]), int64_at(block[17])
+    settings, ids, counts = float64_at(block[15]), uint32_at(block[16]), int64_at(block[17])
     exact, factor, threshold, float_unit = settings[0] != 0, settings[1], settings[2], settings[3]
     width, token = n_groups * GROUP, part * n_tokens
     x_codes, x_steps = advance(int16_at(block[11]), token * width), advance(float32_at(block[12]), token * n_groups)
-    x_squares, x_norms = advance(float32_at(block[13]), token * n_groups), advance(float32_at(block[14]), token * 2)
+    x_squares, x_norms = advance(float64_at(block[13]), token * n_groups), advance(float64_at(block[14]), token * 2)
 
     for t in range(n_tokens):
         _quantise_token(
@@ -142,7 +144,7 @@ def _find_candidates(block, part, n_parts):
     count = 0
     for i in range(first, n_neurons * (part + 1) // n_parts):
         row, row_scales = advance(codes, i * width), advance(scales, i * n_groups)
-        rounding = abs(bias[i]) * np.float32(_BIAS_SLACK)
+        rounding = np.float64(abs(bias[i])) * _BIAS_SLACK
         for t in range(n_tokens):
             score = bias[i] + grouped_dot(
                 row, advance(x_codes, t * width), row_scales, advance(x_steps, t * n_groups), n_groups
@@ -150,8 +152,12 @@ def _find_candidates(block, part, n_parts):
             if exact:
                 margin = factor * _hoeffding_width(row_scales, advance(x_squares, t * n_groups), n_groups)
             else:
-                margin = factor * error_norms[i] * x_norms[2 * t]
-            if not score + threshold * (margin + norms[i] * x_norms[2 * t + 1] + rounding) <= 0:
+                margin = factor * np.float64(error_norms[i]) * x_norms[2 * t]
+            margin += np.float64(norms[i]) * x_norms[2 * t + 1] + rounding
+            if norms[i] > 0 and x_norms[2 * t] > 0:  # else the score is the bias itself
+                margin += _UNDERFLOW_SLACK
+            bound = np.float64(score) + threshold * margin
+            if not (-np.inf < bound and bound <= 0):  # NaN and overflow stay candidates
                 found[count] = i
                 count += 1
                 break
@@ -170,12 +176,12 @@ def _kernel() -> Any:
     return cfunc(KERNEL_SIGNATURE, cache=True)(_kernel_body)
 
 
-def _settings(margin: Margin, failure_probability: float, threshold: float, n_groups: int) -> NDArray[np.float32]:
+def _settings(margin: Margin, failure_probability: float, threshold: float, n_groups: int) -> NDArray[np.float64]:
     factor = _MARGIN_SLACK
     if margin is Margin.EXACT:
         factor *= float(np.sqrt(np.log(1 / failure_probability) / 2))
     float_unit = (n_groups + 24) * 2.0**-23  # products and sums of n_groups terms in 16 lanes
-    return np.array([margin, factor, threshold, float_unit], np.float32)
+    return np.array([margin, factor, threshold, float_unit])
 
 
 def candidates(
@@ -197,15 +203,15 @@ def candidates(
     n_tokens, hidden = x.shape
     n_parts = torch.get_num_threads()
     x_codes = np.empty((n_parts, n_tokens, n_groups * GROUP), np.int16)
-    x_floats = np.empty((2 * n_groups + 2) * n_parts * n_tokens, np.float32)  # steps, squares, norms
-    x_steps, plane_nbytes = x_floats.ctypes.data, 4 * n_parts * n_tokens * n_groups
+    x_steps = np.empty((n_parts, n_tokens, n_groups), np.float32)
+    x_squares, x_norms = np.empty((n_parts, n_tokens, n_groups)), np.empty((n_parts, n_tokens, 2))
     settings = _settings(margin, failure_probability, threshold, n_groups)
     ids, counts = np.empty(n_neurons, np.uint32), np.zeros(n_parts, np.int64)
     block = (
         *(n_parts, n_neurons, n_groups, n_tokens, hidden),
         *(rows.codes.data_ptr(), rows.scales.data_ptr(), rows.bias.data_ptr()),
         *(rows.norms.data_ptr(), rows.error_norms.data_ptr(), x.data_ptr(), x_codes.ctypes.data),
-        *(x_steps, x_steps + plane_nbytes, x_steps + 2 * plane_nbytes),
+        *(x_steps.ctypes.data, x_squares.ctypes.data, x_norms.ctypes.data),
         *(settings.ctypes.data, ids.ctypes.data, counts.ctypes.data),
     )
     threads.run(_kernel(), np.array(block, np.int64), n_parts)

@@ -8,7 +8,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-GROUP = 64  # elements of a code group; int32 holds a group's sum exactly: 64 * 127 * 32767 < 2**31
+GROUP = 128  # elements of a code group; int32 holds a group's sum exactly: 128 * 127 * 32767 < 2**31
 _PREFETCH_AHEAD = 2048  # bytes of codes, asked for before they are read
 _LANES = 16  # float32 lanes of the running sum; LLVM splits them where the machine's vectors are narrower
 
@@ -90,6 +90,7 @@ bfloat_at = _pointer_to(types.int16)
 uint32_at = _pointer_to(types.uint32)
 int64_at = _pointer_to(types.int64)
 float32_at = _pointer_to(types.float32)
+float64_at = _pointer_to(types.float64)
 
 
 def _load_widened(builder: Any, pointer: Any, offset: Any, element: ir.Type) -> Any:

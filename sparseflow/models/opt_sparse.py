@@ -13,7 +13,14 @@ from transformers import Cache, GenerationConfig, OPTConfig, OPTForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, eager_attention_forward
 
-from sparseflow.core.config import OffloadStrategy, SparseFlowConfig, dtype_name, same_sizes
+from sparseflow.core.config import (
+    OffloadStrategy,
+    SparseFlowConfig,
+    dtype_name,
+    require_resident,
+    require_same_network,
+    same_sizes,
+)
 from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
@@ -212,9 +219,13 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `OPTForCausalLM.forward`.
+        """As transformers' `OPTForCausalLM.forward`, whose `generate` looks at these names.
 
         Raises:
             PromptTooLong: more positions than the model has.
@@ -224,7 +235,18 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         if given is not None and (length := past + given.shape[1]) > self.config.max_position_embeddings:
             padded = attention_mask is not None and attention_mask.dim() == 2
             self._require_positions(int(attention_mask.sum(1).max()) if padded else length)  # type: ignore[union-attr]
-        return super().forward(input_ids, attention_mask, past_key_values, inputs_embeds, decoding=past > 0, **kwargs)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
+            decoding=past > 0,
+            **kwargs,
+        )
 
     def _require_positions(self, n_positions: int) -> None:
         limit = self.config.max_position_embeddings
@@ -314,11 +336,15 @@ class SparseOPTForCausalLM(OPTForCausalLM):
 
 
 def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
+    if config.hf_config is not None:
+        stored = json.loads(source.model_files["config.json"])
+        require_same_network(config.hf_config.to_dict(), stored, "this source")
     if not same_sizes(config.profile, source.profile):
         raise FingerprintMismatch(
             f"the configuration describes {config.profile}, the source holds {source.profile}; "
             "use the configuration of the model in the store"
         )
+    require_resident(config.strategy)
     if torch.device(config.primary_device).type != "cpu":
         raise BadRequest(f"device {config.primary_device!r}: this version computes on the CPU; use device='cpu'")
     if config.compute_dtype is not None and dtype_name(config.compute_dtype) != source.profile.dtype:

@@ -1,8 +1,8 @@
 """8-bit codes of fc1, from which the exact and certified predictors bound every pre-activation.
 
-w_ij = s_ig * q_ij + e_ij with q in [-127, 127], g = j // 64. The step s_ig is the largest |w_ij| of the group over 127,
-so no code is ever clipped. Rounding is stochastic: up with probability equal to the fraction, so that each e_ij has
-mean 0 and lies in an interval of width s_ig whatever x will be. That is what Hoeffding's inequality needs.
+w_ij = s_ig * q_ij + e_ij with q in [-127, 127], g = j // GROUP. The step s_ig is the largest |w_ij| of the group over
+127, so no code is ever clipped. Rounding is stochastic: up with probability equal to the fraction, so that each e_ij
+has mean 0 and lies in an interval of width s_ig whatever x will be. That is what Hoeffding's inequality needs.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from sparseflow.store.shard_format import TensorSpec
 
-GROUP = 64
+GROUP = 128  # columns that share a step; scripts/bench/NOTES.md compares widths and groups by bytes per token
 CODE_LIMIT = 127
 ROUNDING_SEED = 20231109
-_ROWS_AT_ONCE = 512  # float64 temporaries of a block stay small beside a layer
+_ROWS_AT_ONCE = 128  # float64 temporaries of a block stay small beside a layer
 
-# Norms are stored as upper bounds: the largest float32 rounding of a float64 result, and some.
-_UPWARD = 1 + 2.0**-20
+# Norms are stored as upper bounds; this covers the rounding of float64 sums over any width.
+_UPWARD = 1 + 2.0**-30
 
 
 class Codes(NamedTuple):
@@ -58,8 +58,7 @@ def code_rows(weight: NDArray[np.float64], generator: np.random.Generator) -> Co
     padded = np.zeros((n, group_count(hidden) * GROUP))
     padded[:, :hidden] = weight
     grouped = padded.reshape(n, -1, GROUP)
-    scales = (np.abs(grouped).max(axis=2) / CODE_LIMIT).astype(np.float32)
-    scales = np.nextafter(scales, np.float32(np.inf), where=scales > 0, out=np.zeros_like(scales))  # never clips
+    scales = _float32_above(np.abs(grouped).max(axis=2) / CODE_LIMIT)  # above, so that no code is clipped
     steps = scales.astype(np.float64)[:, :, None]
     ratio = np.divide(grouped, steps, out=np.zeros_like(grouped), where=steps > 0)
     floor = np.floor(ratio)
@@ -84,5 +83,12 @@ def code_layer(weight: NDArray[np.generic], layer: int, seed: int = ROUNDING_SEE
 
 
 def _norm_above(rows: NDArray[np.float64]) -> NDArray[np.float32]:
-    norms: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-    return (norms * _UPWARD).astype(np.float32)
+    """(n,): the norm of each row or a little more, infinite where float32 ends."""
+    return _float32_above(np.sqrt(np.einsum("ij,ij->i", rows, rows)) * _UPWARD)
+
+
+def _float32_above(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The next float32 at or above each value."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float32)
+    return np.where(rounded < values, np.nextafter(rounded, np.float32(np.inf)), rounded)

@@ -13,7 +13,7 @@ The manifest is written last. A folder without one is not a store.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -58,13 +58,14 @@ class Manifest:
     @property
     def weights_fingerprint(self) -> str:
         """Identifies the weights and their layout."""
-        weights = {name: asdict(e) for name, e in self.files.items() if not name.startswith("predictors/")}
-        return _fingerprint([self.format_version, asdict(self.profile), self.neuron_permutation, weights])
+        layout = asdict(replace(self.profile, model_identifier="", layer_sparsity_map=None))
+        weights = {name: asdict(entry) for name, entry in self.files.items() if not _is_predictors(name)}
+        return _fingerprint([self.format_version, layout, self.neuron_permutation, weights])
 
     @property
     def predictors_fingerprint(self) -> str:
         """Identifies predictors and profile; calibrating a store changes only this one."""
-        return _fingerprint({name: asdict(e) for name, e in self.files.items() if name.startswith("predictors/")})
+        return _fingerprint({name: asdict(entry) for name, entry in self.files.items() if _is_predictors(name)})
 
     def nbytes_under(self, prefix: str) -> int:
         """Bytes of all files whose path starts with `prefix`."""
@@ -98,9 +99,13 @@ class Manifest:
                 raise ShardCorrupt(f"{path}: more than {_MANIFEST_LIMIT_NBYTES} bytes; convert the model again")
             content = json.loads(path.read_bytes())
             version = content["format_version"]
-        except FileNotFoundError as error:
-            raise DiskError(f"{store}: not a store (no {MANIFEST_NAME}); make one with: sparseflow convert") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            if isinstance(error, DiskError):
+                raise
+            raise DiskError(
+                f"{store}: not a store ({MANIFEST_NAME}: {error.strerror}); make one with: sparseflow convert"
+            ) from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ShardCorrupt(f"{path}: not a manifest ({error}); convert the model again") from error
         if version != FORMAT_VERSION:
             raise DiskError(
@@ -114,6 +119,9 @@ class Manifest:
     @classmethod
     def _parse(cls, content: dict[str, Any]) -> "Manifest":
         profile = ModelProfile(**content["profile"])
+        if profile.layer_sparsity_map is not None:
+            shares = {int(layer): share for layer, share in profile.layer_sparsity_map.items()}
+            profile = replace(profile, layer_sparsity_map=shares)
         if profile.dtype not in DTYPE_NBYTES:
             raise ValueError(f"unknown dtype {profile.dtype!r}")
         for name in content["files"]:
@@ -130,6 +138,10 @@ class Manifest:
         if content["fingerprint"]["predictors"] != manifest.predictors_fingerprint:
             raise ValueError("the predictors' fingerprint is not that of the files listed")
         return manifest
+
+
+def _is_predictors(name: str) -> bool:
+    return name.startswith("predictors/") or name == "profile.json"
 
 
 def _fingerprint(content: Any) -> str:

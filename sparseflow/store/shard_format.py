@@ -154,7 +154,7 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
         raise DiskError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions") from error
     try:
         return _parse_places(json.loads(text), 8 + length, size)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardCorrupt(f"{path}: header does not describe this file ({error}); convert the model again") from error
 
 

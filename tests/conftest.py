@@ -1,0 +1,60 @@
+"""What every test gets, and checkpoints and stores that several tests share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks the hub
+
+import opt_family
+import pytest
+
+import sparseflow
+
+MakeFolder = Callable[[str, str], Path]
+
+
+@pytest.fixture(autouse=True)
+def sparseflow_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place of its own for what a test converts."""
+    home = tmp_path_factory.mktemp("sparseflow-home")
+    monkeypatch.setenv("SPARSEFLOW_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The trained checkpoint that comes with the package."""
+    return Path(sparseflow.__file__).parent / "assets" / "demo_model"
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
+    """(member, dtype) -> its checkpoint, made once. To be read only; copy what you want to change."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def checkpoint(name: str, dtype: str = "float32") -> Path:
+        if (name, dtype) not in made:
+            folder = tmp_path_factory.mktemp("checkpoint") / name
+            opt_family.make(name, folder, opt_family.DTYPES[dtype])
+            made[name, dtype] = folder
+        return made[name, dtype]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def family_store(tmp_path_factory: pytest.TempPathFactory, family_checkpoint: MakeFolder) -> MakeFolder:
+    """(member, dtype) -> a store of its checkpoint of that dtype, made once. To be read only, as above."""
+    from sparseflow.core.checkpoint import Checkpoint
+    from sparseflow.core.converter import convert
+
+    made: dict[tuple[str, str], Path] = {}
+
+    def store(name: str, dtype: str = "float32") -> Path:
+        if (name, dtype) not in made:
+            destination = tmp_path_factory.mktemp("store") / name
+            made[name, dtype] = convert(Checkpoint(family_checkpoint(name, dtype)), destination, quiet=True)
+        return made[name, dtype]
+
+    return store

@@ -1,0 +1,119 @@
+"""Imports run downward only, and what the torch-free server needs loads without torch."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from child_process import run_python
+
+import sparseflow
+
+PACKAGE = Path(sparseflow.__file__).parent
+
+# A part may import itself, its own row and the rows above it. A new part needs a place here.
+LAW = [
+    {"errors"},
+    {"store", "utils"},
+    {"engine"},
+    {"core"},
+    {"kernels", "orchestration"},
+    {"models"},
+    {"cli", "examples", "__main__"},
+]
+RANKS = {part: rank for rank, row in enumerate(LAW) for part in row}
+
+# The package's own face: its lazy names come from anywhere, so only people's entry points may import from it.
+FACE = "__init__"
+
+TORCH_FREE = ("errors", "store", "engine")
+
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def part_of(module: str) -> str:
+    """`store/manifest.py` -> `store`, `errors.py` -> `errors`, `__init__.py` -> `__init__`."""
+    return module.split("/")[0].removesuffix(".py")
+
+
+def imported_names(source: str, module: str) -> Iterator[str]:
+    """Every dotted name that a module imports, at its top, in functions or for type checkers; relative ones resolved.
+
+    `from a import b` gives `a.b`, because `b` may be a module.
+    """
+    folder = ["sparseflow", *module.split("/")[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) + 1 - node.level] if node.level else []
+            base += [node.module] if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def imported_parts(source: str, module: str) -> set[str]:
+    """Parts of our own that a module imports; `__init__` for a public name of the package."""
+    parts = set()
+    for name in imported_names(source, module):
+        if name.split(".")[0] == "sparseflow":
+            part = [*name.split("."), FACE][1]
+            is_ours = (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").is_file()
+            parts.add(part if is_ours else FACE)
+    return parts
+
+
+def violations(source: str, module: str) -> set[str]:
+    """Parts that this module imports against the law."""
+    part = part_of(module)
+    if part == FACE:
+        return set()
+    if part == "utils":
+        return imported_parts(source, module) - {"utils", "errors"}
+    top = len(LAW) - 1
+    return {other for other in imported_parts(source, module) if (top if other == FACE else RANKS[other]) > RANKS[part]}
+
+
+def test_every_part_has_its_place() -> None:
+    assert {part_of(module) for module in MODULES} - {FACE} <= set(RANKS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_downward_only(module: str) -> None:
+    assert violations((PACKAGE / module).read_text(encoding="utf-8"), module) == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_knows_nothing_of_the_daemon(module: str) -> None:
+    source = (PACKAGE / module).read_text(encoding="utf-8")
+    assert not [name for name in imported_names(source, module) if name.split(".")[0] == "sparseflow_daemon"]
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "expected"),
+    [
+        ("import sparseflow.core.config", "store/codes.py", {"core"}),
+        ("from sparseflow.core import config", "store/codes.py", {"core"}),
+        ("from sparseflow import core", "store/codes.py", {"core"}),
+        ("from ..core.config import ModelProfile", "store/codes.py", {"core"}),
+        ("from .. import models", "kernels/bounds.py", {"models"}),
+        ("def f():\n    from sparseflow.models.opt_sparse import X", "core/config.py", {"models"}),
+        ("from sparseflow import OffloadStrategy", "core/config.py", {FACE}),
+        ("from sparseflow.store.codes import GROUP", "utils/tensor_ops.py", {"store"}),
+        ("from sparseflow.utils.tensor_ops import GIB", "store/codes.py", set()),
+        ("from . import codes", "store/manifest.py", set()),
+        ("from sparseflow import OffloadStrategy", "cli/main.py", set()),
+        ("import sparseflow_daemon, torch.nn", "store/codes.py", set()),
+    ],
+)
+def test_the_law_sees_each_way_to_import(source: str, module: str, expected: set[str]) -> None:
+    assert violations(source, module) == expected
+
+
+def test_torch_free_parts_load_without_torch() -> None:
+    names = ["sparseflow"]
+    for module in MODULES:
+        if part_of(module) in TORCH_FREE:
+            names.append("sparseflow." + module.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    assert {"sparseflow.errors", "sparseflow.store.manifest", "sparseflow.engine.resident"} <= set(names)
+    code = "\n".join([*(f"import {name}" for name in names), "import sys", "assert 'torch' not in sys.modules"])
+    run_python(code)
