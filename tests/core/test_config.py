@@ -1,6 +1,7 @@
 """Settings: what is refused, and what is read from a transformers configuration."""
 
 from dataclasses import FrozenInstanceError, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from sparseflow.core.config import (
     dtype_name,
     profile_of,
     require_relu_opt,
+    require_resident,
+    require_same_network,
+    require_sizes,
     same_sizes,
 )
-from sparseflow.errors import BadRequest, UnsupportedModel
+from sparseflow.errors import BadRequest, FingerprintMismatch, UnsupportedModel
 
 NAN, INF = float("nan"), float("inf")
 
@@ -158,6 +162,75 @@ def test_raw_config_without_activation_is_relu_as_in_transformers() -> None:
 def test_checkpoint_of_another_dtype_is_refused() -> None:
     with pytest.raises(BadRequest, match="float64"):
         SparseFlowConfig.from_transformers_config(opt_config(dtype="float64"))
+
+
+# --- what this version and this store can serve
+
+
+def test_strategy_that_keeps_all_bundles_in_host_memory_is_accepted() -> None:
+    require_resident(OffloadStrategy(gpu_cache_ratio=0.1, cpu_cache_ratio=1.0))
+
+
+@pytest.mark.parametrize("changes", [{"cpu_cache_ratio": 0.99}, {"aggressive_offload": True}])
+def test_strategy_that_keeps_less_is_refused_with_the_remedy(changes: dict[str, object]) -> None:
+    with pytest.raises(BadRequest, match=r"use cpu_cache_ratio=1\.0 and aggressive_offload=False"):
+        require_resident(OffloadStrategy(**changes))
+
+
+SIZES = (
+    "hidden_size",
+    "ffn_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "word_embed_proj_dim",
+    "max_position_embeddings",
+)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("value", [0, -1, None, "96", 96.0])
+def test_size_that_no_model_has_is_refused_by_name_and_value(size: str, value: object) -> None:
+    hf_config = SimpleNamespace(**opt_config().to_dict() | {size: value})
+    with pytest.raises(UnsupportedModel, match=f"my/model: {size} is {value!r}"):
+        require_sizes(hf_config, "my/model")
+
+
+def test_hidden_size_that_heads_do_not_divide_is_refused() -> None:
+    hf_config = SimpleNamespace(**opt_config().to_dict() | {"num_attention_heads": 5})
+    with pytest.raises(UnsupportedModel, match="96 is no multiple of 5"):
+        require_sizes(hf_config, "my/model")
+
+
+def test_sizes_of_a_model_are_accepted() -> None:
+    require_sizes(opt_config(), "my/model")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ffn_dim": 201},
+        {"do_layer_norm_before": False},
+        {"enable_bias": False},
+        {"layer_norm_elementwise_affine": False},
+        {"tie_word_embeddings": False},
+        {"word_embed_proj_dim": 48},
+    ],
+)
+def test_configuration_of_another_network_is_refused_naming_each_field(changes: dict[str, object]) -> None:
+    given, stored = opt_config(num_hidden_layers=4, **changes).to_dict(), opt_config().to_dict()
+    with pytest.raises(FingerprintMismatch) as caught:
+        require_same_network(given, stored, "STORE")
+    assert "num_hidden_layers: 4 given, 3 stored" in str(caught.value)
+    ((name, value),) = changes.items()
+    assert f"{name}: {value!r} given, {stored[name]!r} stored" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float32"}, {"dropout": 0.5}, {"name_or_path": "x"}, {"use_cache": False}]
+)
+def test_configuration_that_differs_in_how_it_runs_is_the_same_network(changes: dict[str, object]) -> None:
+    require_same_network(opt_config(**changes).to_dict(), opt_config().to_dict(), "STORE")
 
 
 # --- dtypes and sizes

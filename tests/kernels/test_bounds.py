@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from sparseflow.kernels import intrinsics
 from sparseflow.kernels.bounds import CodedRows, Margin, candidates, candidates_ref
 from sparseflow.store.codes import GROUP, code_rows, group_count
 
@@ -15,7 +16,8 @@ from sparseflow.store.codes import GROUP, code_rows, group_count
 FAILURE_PROBABILITY = 1e-12
 DEADLINE_S = 60
 
-SIZES = [(1, 1), (1, 200), (2, 63), (7, 64), (50, 65), (129, 200), (300, 1000)]  # neurons, hidden
+# neurons, hidden
+SIZES = [(1, 1), (1, 200), (2, 63), (3, GROUP - 1), (7, GROUP), (50, GROUP + 1), (129, 200), (300, 1000)]
 all_sizes = pytest.mark.parametrize(("n_neurons", "hidden"), SIZES)
 both_margins = pytest.mark.parametrize("margin", Margin, ids=lambda margin: margin.name.lower())
 
@@ -72,6 +74,10 @@ def edge_bias(weight: Floats, x: torch.Tensor) -> Floats:
     for _ in range(2):
         bias = np.nextafter(bias, np.float32(np.inf))
     return bias.astype(np.float64)
+
+
+def test_kernel_and_codes_agree_on_the_group() -> None:
+    assert intrinsics.GROUP == GROUP
 
 
 # --- the result's form
@@ -232,15 +238,15 @@ def test_all_zero_weights_with_a_bias_of_zero_or_less_are_skipped(
 def test_zero_input_leaves_the_sign_of_the_bias(rng: np.random.Generator, margin: Margin) -> None:
     bias = rng.standard_normal(100).astype(np.float32)
     bias[:3] = 0.0
-    rows = coded(rng, float_weights(rng, 100, 65), bias.astype(np.float64))
-    assert find(rows, torch.zeros(2, 65), margin).tolist() == np.flatnonzero(bias > 0).tolist()
+    rows = coded(rng, float_weights(rng, 100, GROUP + 1), bias.astype(np.float64))
+    assert find(rows, torch.zeros(2, GROUP + 1), margin).tolist() == np.flatnonzero(bias > 0).tolist()
 
 
 # --- inputs made to break the certificate
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("hidden", [64, 65, 1000])
+@pytest.mark.parametrize("hidden", [GROUP, GROUP + 1, 1000])
 def test_certificate_holds_and_is_tight_where_x_is_a_rows_rounding_error(
     rng: np.random.Generator, n_threads: int, hidden: int, scale: float
 ) -> None:
@@ -295,7 +301,7 @@ INPUTS: dict[str, Callable[[np.random.Generator, int, int], Floats]] = {
 
 
 @both_margins
-@pytest.mark.parametrize("hidden", [1, 65, 1000, 8192])
+@pytest.mark.parametrize("hidden", [1, GROUP + 1, 1000, 8192])
 @pytest.mark.parametrize("draw", INPUTS.values(), ids=INPUTS)
 def test_neurons_active_by_a_hair_are_found_for_inputs_of_any_shape(
     rng: np.random.Generator, margin: Margin, draw: Callable[[np.random.Generator, int, int], Floats], hidden: int
@@ -419,7 +425,7 @@ def test_no_active_neuron_is_missed_where_one_token_is_tiny_beside_another(
 
 @both_margins
 @pytest.mark.parametrize("peak", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("position", [0, 64, 199])
+@pytest.mark.parametrize("position", [0, GROUP, 199])
 def test_input_that_is_not_finite_makes_every_neuron_a_candidate(
     rng: np.random.Generator, n_threads: int, margin: Margin, peak: float, position: int
 ) -> None:
@@ -437,7 +443,7 @@ def test_no_active_neuron_is_missed_at_the_end_of_float32(
     weight = float_weights(rng, 50, 200)
     rows = coded(rng, weight, np.full(50, -1e6))
     x = tokens(rng.standard_normal((3, 200)))
-    x[1, 64] = peak
+    x[1, GROUP] = peak
     assert missed(weight, rows, x, find(rows, x, margin)) == []
 
 

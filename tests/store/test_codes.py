@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sparseflow.store.codes import CODE_LIMIT, GROUP, Codes, code_layer, code_rows, code_specs, group_count
 
-HIDDEN_SIZES = (1, 63, 64, 65, 200)
+HIDDEN_SIZES = (1, 63, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP + 8)
 
 Draw = Callable[[np.random.Generator, int, int], NDArray[np.float64]]
 
@@ -91,7 +91,9 @@ def test_tensors_are_those_of_the_file_specs(rng: np.random.Generator, hidden: i
     assert [spec.name for spec in code_specs(9, hidden)] == list(Codes._fields)
 
 
-@pytest.mark.parametrize(("hidden", "expected"), [(1, 1), (127, 1), (128, 1), (129, 2), (256, 2), (500, 4)])
+@pytest.mark.parametrize(
+    ("hidden", "expected"), [(1, 1), (GROUP - 1, 1), (GROUP, 1), (GROUP + 1, 2), (2 * GROUP, 2), (3 * GROUP + 8, 4)]
+)
 def test_groups_cover_the_row(hidden: int, expected: int) -> None:
     assert group_count(hidden) == expected
 
@@ -141,7 +143,7 @@ def test_error_norms_are_upper_bounds(rng: np.random.Generator, draw: Draw, hidd
 
 
 def test_norms_are_close_to_the_true_ones(rng: np.random.Generator) -> None:
-    weight = normal(rng, 40, 200)
+    weight = normal(rng, 40, 3 * GROUP + 8)
     codes = code_rows(weight, rng)
     np.testing.assert_allclose(codes.norms, norms(decoded(codes)).astype(np.float64), rtol=2e-6)
     np.testing.assert_allclose(codes.error_norms, norms(padded(weight) - decoded(codes)).astype(np.float64), rtol=2e-6)
@@ -167,7 +169,7 @@ def test_zero_rows_and_zero_groups_have_zero_codes_and_steps(rng: np.random.Gene
     assert codes.scales[2].astype(bool).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("hidden", [1, 63, 65, 200])
+@pytest.mark.parametrize("hidden", [1, GROUP - 1, GROUP + 1, 3 * GROUP + 8])
 def test_codes_beyond_hidden_are_zero(rng: np.random.Generator, hidden: int) -> None:
     assert not code_rows(normal(rng, 30, hidden), rng).codes[:, hidden:].any()
 
@@ -211,7 +213,7 @@ def coded_layer(weight: NDArray[np.generic], layer: int, **seed: int) -> Codes:
 
 @pytest.mark.parametrize("n_rows", [1, 511, 512, 513, 1100])
 def test_layer_is_coded_row_by_row_in_order(rng: np.random.Generator, n_rows: int) -> None:
-    weight = normal(rng, n_rows, 65)
+    weight = normal(rng, n_rows, GROUP + 1)
     codes = coded_layer(weight, 3)
     assert len(codes.codes) == n_rows
     assert (np.abs(padded(weight) - decoded(codes)) < steps_of(codes) + (padded(weight) == 0)).all()
@@ -258,7 +260,7 @@ def test_blocks_of_a_layer_do_not_repeat_each_other(rng: np.random.Generator) ->
 
 
 def test_global_generators_are_left_alone(rng: np.random.Generator) -> None:
-    weight = normal(rng, 600, 65)
+    weight = normal(rng, 600, GROUP + 1)
     torch.rand(1), np.random.random(1)  # into states that no seed gives
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()
     coded_layer(weight, 0)

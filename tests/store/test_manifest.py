@@ -140,8 +140,16 @@ def test_calibration_changes_only_the_predictors_fingerprint(changed: Manifest) 
     assert changed.predictors_fingerprint != MANIFEST.predictors_fingerprint
 
 
-def test_source_and_order_of_files_change_no_fingerprint() -> None:
-    changed = replace(MANIFEST, source={}, files=dict(reversed(FILES.items())))
+UNIDENTIFYING = {
+    "the source": replace(MANIFEST, source={}),
+    "the order of files": replace(MANIFEST, files=dict(reversed(FILES.items()))),
+    "the model's name": replace(MANIFEST, profile=replace(PROFILE, model_identifier="another")),
+    "shares of the device cache": replace(MANIFEST, profile=replace(PROFILE, layer_sparsity_map={0: 0.5})),
+}
+
+
+@pytest.mark.parametrize("changed", UNIDENTIFYING.values(), ids=UNIDENTIFYING)
+def test_what_is_neither_weights_nor_predictors_changes_no_fingerprint(changed: Manifest) -> None:
     assert changed.weights_fingerprint == MANIFEST.weights_fingerprint
     assert changed.predictors_fingerprint == MANIFEST.predictors_fingerprint
 

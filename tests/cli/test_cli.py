@@ -1,0 +1,181 @@
+"""The command line: results on stdout, errors in one line on stderr, and the documented exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import sparseflow
+from sparseflow.cli.main import build_parser, main
+from sparseflow.core.config import OffloadStrategy
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def checkpoint(family_checkpoint: Callable[..., Path], demo_model: Path, tmp_path: Path) -> Path:
+    """A tiny model with a tokenizer, free to be damaged."""
+    folder = Path(shutil.copytree(family_checkpoint("base"), tmp_path / "tiny"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo_model / name, folder / name)
+    return folder
+
+
+def failed(arguments: list[str], code: int, capsys: Capture) -> str:
+    """Run a command that must fail with this exit code and one line on stderr; return the line."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("sparseflow: error: ")]
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_version(capsys: Capture) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == f"{sparseflow.__version__}\n"
+
+
+def test_python_m_is_the_same_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "sparseflow", "version", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(result.stdout) == {"version": sparseflow.__version__}
+
+
+def test_info_describes_a_model(demo_model: Path, capsys: Capture) -> None:
+    assert main(["info", "--json", "--model", str(demo_model), "--cache-ratio", "0.5"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["num_layers"] == 8
+    assert facts["bundle_nbytes"] == 2 * 256 * 2
+    assert facts["gpu_neurons_per_layer"] == 512
+
+
+def test_demo_streams_text_and_ends_with_the_table(capsys: Capture) -> None:
+    assert main(["demo", "--max-new-tokens", "20"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("And it came to pass in those days, that")
+    table = dict(line.strip().split(None, 1) for line in out.splitlines()[-6:])
+    assert table["ids"] == "equal dense    yes"
+    assert {"fidelity", "tokens/s", "neurons", "memory"} <= table.keys()
+
+
+def test_demo_gives_every_result_field_as_json(capsys: Capture) -> None:
+    assert main(["demo", "--json", "--max-new-tokens", "20", "--temperature", "0"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["ids_equal_dense"] is True
+    assert len(result["token_ids"]) == 20
+    assert result["fidelity"] == "exact"
+    assert result["dense_layer_share"] == 0
+    assert 0 < result["active_share"] < result["candidate_share"] < 0.3
+    assert result["decode_tokens_per_s"] > 0
+    assert result["time_to_first_token_s"] > 0
+    assert result["bytes_touched_per_token"] > 0
+    assert result["hit_rate"] is None
+    assert result["memory"]["private"] > 0
+
+
+def test_convert_then_verify_then_generate(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    store = tmp_path / "store"
+    assert main(["convert", str(checkpoint), str(store), "--quiet", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["dtype"] == "float32"
+    assert main(["verify", str(store), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["damaged"] == {}
+    arguments = ["--prompt", "a", "--max-new-tokens", "9", "--audit", "1", "--json", "--fidelity", "certified"]
+    assert main(["generate", str(store), *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["fidelity"] == "certified"
+    assert result["recall"] == 1
+    assert result["recall_samples"] > 0
+
+
+def test_generate_is_repeatable_under_a_seed(checkpoint: Path, capsys: Capture) -> None:
+    texts = []
+    for _ in range(2):
+        arguments = ["--prompt", "a", "--max-new-tokens", "12", "--temperature", "1", "--seed", "5", "--json"]
+        assert main(["generate", str(checkpoint), *arguments]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert texts[0] == texts[1]
+
+
+def test_verify_names_every_damaged_file(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    store = tmp_path / "store"
+    assert main(["convert", str(checkpoint), str(store), "--quiet"]) == 0
+    for name in ("dense.safetensors", "neurons/layer-001.safetensors"):
+        content = bytearray((store / name).read_bytes())
+        content[-100] ^= 1
+        (store / name).write_bytes(content)
+    capsys.readouterr()
+    assert main(["verify", str(store), "--json"]) == 1
+    assert set(json.loads(capsys.readouterr().out)["damaged"]) == {"dense.safetensors", "neurons/layer-001.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--cpu-cache-ratio", "1.5"], 2, "cpu_cache_ratio=1.5"),
+        (["--cpu-cache-ratio", "0.5"], 2, r"use cpu_cache_ratio=1\.0"),
+        (["--dtype", "int8"], 2, "dtype 'int8'.*float16, bfloat16, float32"),
+        (["--fidelity", "perfect"], 2, "'perfect'.*exact"),
+        (["--memory", "lots"], 2, "memory 'lots'.*6GiB"),
+        (["--memory", "1KiB"], 1, r"allowed are 0\.00 GiB.*allow more"),
+        (["--activation-threshold", "-1"], 2, "activation_threshold=-1"),
+        (["--max-new-tokens", "500"], 2, "64 positions.*lower max_new_tokens"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(
+    checkpoint: Path, capsys: Capture, arguments: list[str], code: int, message: str
+) -> None:
+    import re
+
+    line = failed(["generate", str(checkpoint), "--prompt", "a", *arguments], code, capsys)
+    assert re.search(message, line), line
+
+
+def test_what_is_not_there_or_not_ours_fails_with_its_name(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "no such folder" in failed(["generate", "./missing", "--prompt", "a"], 1, capsys)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+    line = failed(["convert", str(checkpoint), str(tmp_path / "store"), "--quiet"], 1, capsys)
+    assert "'gelu'" in line
+    assert "exactly zero" in line
+    assert not (tmp_path / "store").exists()
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert "'llama'" in failed(["generate", str(checkpoint), "--prompt", "a"], 1, capsys)
+
+
+def test_a_model_without_tokenizer_says_what_to_do(family_checkpoint: Callable[..., Path], capsys: Capture) -> None:
+    line = failed(["generate", str(family_checkpoint("base")), "--prompt", "a"], 1, capsys)
+    assert "came without a tokenizer" in line
+
+
+def test_wrong_usage_is_exit_code_2(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate"])
+    assert stopped.value.code == 2
+
+
+def test_defaults_shown_are_those_written_in_the_strategy() -> None:
+    arguments = build_parser().parse_args(["generate", "store"])
+    assert arguments.cpu_cache_ratio == OffloadStrategy().cpu_cache_ratio
+    assert arguments.activation_threshold == OffloadStrategy().activation_threshold
+
+
+def test_the_example_program_runs(capsys: Capture) -> None:
+    from sparseflow.examples import demo_generation
+
+    model, tokenizer, config = demo_generation.setup_model()
+    text = demo_generation.generate_text(model, tokenizer, "In the beginning", max_tokens=10, temperature=0)
+    assert text.startswith("In the beginning")
+    demo_generation.print_performance_stats(model, config)
+    assert "neurons active" in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""What the README shows works as it is written there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparseflow.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_snippets_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    snippets = blocks("python")
+    assert snippets
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+
+
+def test_sparseflow_commands_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands on the demo model run; stores go to a folder of the test's own."""
+    monkeypatch.chdir(ROOT)
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("sparseflow ")]
+    assert lines
+    for line in lines:
+        command = line.split("#")[0].replace("/tmp/store", str(tmp_path / "store"))
+        assert main(shlex.split(command)[1:]) == 0, line
+
+
+def test_scripts_that_are_named_exist() -> None:
+    for path in re.findall(r"(?:bash|python) (scripts/\S+)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_help_of_every_script_works() -> None:
+    for script in (*ROOT.glob("scripts/*.py"), *ROOT.glob("scripts/bench/*.py")):
+        result = subprocess.run(
+            [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert "usage:" in result.stdout
