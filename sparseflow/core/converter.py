@@ -23,7 +23,7 @@ from sparseflow.core.checkpoint import COMPANION_FILES, Checkpoint
 from sparseflow.core.config import dtype_name, profile_of
 from sparseflow.core.dense_layout import DenseTensor, dense_tensors
 from sparseflow.core.journal import Journal
-from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, UnsupportedModel
+from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, SparseFlowError, UnsupportedModel
 from sparseflow.store import codes, shard_format
 from sparseflow.store.manifest import DENSE_NAME, FORMAT_VERSION, Manifest, predictor_name, shard_name
 from sparseflow.store.profile import ModelProfile
@@ -63,9 +63,14 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
             _Conversion(source, unfinished, profile_of(source.config, stored_dtype, source.name)).run(quiet)
             os.replace(unfinished, destination)
             _sync_folder(destination.parent)
+        except NotEnoughDisk:
+            with suppress(OSError):  # only if it is empty; what an earlier run finished is kept
+                unfinished.rmdir()
+            raise
+        except SparseFlowError:  # the checkpoint has to change first, and then nothing made from it is of use
+            shutil.rmtree(unfinished)
+            raise
         except OSError as error:
-            if isinstance(error, DiskError):
-                raise
             raise DiskError(
                 f"{unfinished}: writing failed ({error.strerror}); mend that and run it again: what is finished is kept"
             ) from error
@@ -206,10 +211,11 @@ def _exclusive(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DiskError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DiskError(f"{folder}: another process is converting into it; wait for it to end") from error
         yield
-    except BlockingIOError as error:
-        raise DiskError(f"{folder}: another process is converting into it; wait for it to end") from error
     finally:
         os.close(descriptor)
 
