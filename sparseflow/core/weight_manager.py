@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,8 @@ from sparseflow.core.converter import convert
 from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.weight_source import HostBundles, SourceStatus
 from sparseflow.engine.resident import ResidentShards
-from sparseflow.errors import BadRequest, DiskError, NotEnoughMemory
+from sparseflow.errors import BadRequest, DiskError, NotEnoughMemory, ShardCorrupt
+from sparseflow.store.codes import code_specs
 from sparseflow.store.manifest import (
     DENSE_NAME,
     FORMAT_VERSION,
@@ -29,7 +30,7 @@ from sparseflow.store.manifest import (
     predictor_name,
 )
 from sparseflow.store.profile import ModelProfile
-from sparseflow.store.shard_format import map_file, read_places
+from sparseflow.store.shard_format import TensorSpec, map_file, read_places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,10 +179,11 @@ class DiskWeightStore:
     def predictor_tensors(self) -> "Mapping[str, Tensor]":
         """Codes of fc1, as `WeightSource.predictor_tensors`."""
         self._shards  # noqa: B018  raises where the store is not open
+        expected = code_specs(self.profile.ffn_dimension, self.profile.hidden_dimension)
         return {
             f"{layer}.{name}": tensor
             for layer in range(self.profile.num_layers)
-            for name, tensor in map_tensors(self.path / predictor_name(layer)).items()
+            for name, tensor in map_tensors(self.path / predictor_name(layer), expected).items()
         }
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
@@ -237,12 +239,18 @@ class ResidentFetch:
         pass
 
 
-def map_tensors(path: Path) -> "dict[str, Tensor]":
-    """All tensors of one of our files, as views of its pages: copy-on-write, so treat them as read-only."""
+def map_tensors(path: Path, expected: Sequence[TensorSpec] | None = None) -> "dict[str, Tensor]":
+    """All tensors of one of our files, as views of its pages: copy-on-write, so treat them as read-only.
+
+    Raises:
+        ShardCorrupt: the file does not hold the `expected` tensors, whose sizes kernels take for granted.
+    """
     import torch
 
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U64": torch.uint64}
     places = read_places(path)
+    if expected is not None and [place.spec for place in places.values()] != list(expected):
+        raise ShardCorrupt(f"{path}: not laid out as this version of SparseFlow reads it; convert the model again")
     content = torch.frombuffer(map_file(path), dtype=torch.uint8)
     tensors: dict[str, Tensor] = {}
     for name, place in places.items():

@@ -9,6 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 GROUP = 128  # elements of a code group; int32 holds a group's sum exactly: 128 * 127 * 32767 < 2**31
+_CACHE_LINE_NBYTES = 64
 _PREFETCH_AHEAD = 2048  # bytes of codes, asked for before they are read
 _LANES = 16  # float32 lanes of the running sum; LLVM splits them where the machine's vectors are narrower
 
@@ -139,8 +140,9 @@ def grouped_dot(typingctx: Any, codes: Any, x: Any, code_scales: Any, x_scales: 
         with cgutils.for_range(builder, n_groups, intp=index) as loop:
             partial = ir.Constant(lanes_i32, [0] * _LANES)
             first = builder.mul(loop.index, ir.Constant(index, GROUP))
-            ahead = builder.add(first, ir.Constant(index, _PREFETCH_AHEAD))
-            _prefetch(builder, builder.gep(codes, [ahead]))
+            for line in range(0, GROUP, _CACHE_LINE_NBYTES):
+                ahead = builder.add(first, ir.Constant(index, _PREFETCH_AHEAD + line))
+                _prefetch(builder, builder.gep(codes, [ahead]))
             for offset in range(0, GROUP, 2 * _LANES):
                 start = builder.add(first, ir.Constant(index, offset))
                 products = builder.mul(

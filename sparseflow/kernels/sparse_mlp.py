@@ -33,7 +33,7 @@ _PREFETCH_STEP = 32  # elements: a cache line of 16-bit weights
 
 
 class SparseMLPOutput(NamedTuple):
-    """y: (n_tokens, hidden) float32. n_active: pairs of token and neuron whose pre-activation was above 0."""
+    """y: (n_tokens, hidden) float32. n_active: pairs of token and neuron whose pre-activation was not at most 0."""
 
     y: Tensor
     n_active: int
@@ -139,4 +139,4 @@ def sparse_mlp_ref(
     bias = fc1_bias[torch.from_numpy(ids.astype(np.int64))].double()
     h = torch.relu(x.double() @ chosen[:, 0].T + bias)  # (n_tokens, n)
     y = h @ chosen[:, 1] + fc2_bias.double()
-    return SparseMLPOutput(y.float(), int((h > 0).sum()))
+    return SparseMLPOutput(y.float(), int((~(h <= 0)).sum()))
