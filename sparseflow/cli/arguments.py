@@ -1,12 +1,28 @@
 """Arguments that several commands share. Defaults are read from where they are written: the strategy."""
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.store.profile import DTYPE_NBYTES
 
 DEMO_MODEL = Path(__file__).parent.parent / "assets" / "demo_model"
+
+
+def number(convert: Callable[[str], float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    """What argparse shall make of a text: a number from `least` to `most`; anything else is wrong usage."""
+
+    def parse(text: str) -> float:
+        value = convert(text)
+        if not least <= value <= most:
+            limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give a number {limits}")
+        return value
+
+    parse.__name__ = convert.__name__  # argparse names it where the text is no number at all
+    return parse
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +52,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default=default.activation_threshold,
         help="scales the margin of the bound; 1.0 keeps the fidelity's promise",
     )
-    parser.add_argument("--threads", type=int, help="compute threads; else torch's own choice")
+    parser.add_argument("--threads", type=number(int, 1), help="compute threads; else torch's own choice")
 
 
 def strategy_of(arguments: argparse.Namespace) -> OffloadStrategy:

@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Convert, and say what was made."""
     from sparseflow.core.checkpoint import Checkpoint, locate, model_name
     from sparseflow.core.converter import convert
+    from sparseflow.core.sizes import format_size
     from sparseflow.store.manifest import Manifest
 
     store = convert(
@@ -37,5 +38,5 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         "fingerprint": manifest.weights_fingerprint,
     }
     if not arguments.json:
-        print(f"{store}: {manifest.nbytes_under('') / 2**30:.2f} GiB, {manifest.profile.dtype}")
+        print(f"{store}: {format_size(manifest.nbytes_under(''))}, {manifest.profile.dtype}")
     return result

@@ -7,7 +7,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from sparseflow.cli.arguments import DEMO_MODEL
+from sparseflow.cli.arguments import DEMO_MODEL, number
 from sparseflow.core.config import OffloadStrategy
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of all bundles with a slot on the GPU; without effect on a CPU",
     )
     parser.add_argument("--prompt", default=PROMPT, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, help="tokens")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.7, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=7, help="of the sampling, the same for both models")
 
 

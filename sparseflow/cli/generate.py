@@ -4,18 +4,22 @@ import argparse
 import sys
 import time
 
-from sparseflow.cli.arguments import add_model, strategy_of
+from sparseflow.cli.arguments import add_model, number, strategy_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """STORE --prompt and how to sample."""
     parser.add_argument("store", help="a store, a transformers checkpoint folder, or a hub id")
     parser.add_argument("--prompt", help="the text to continue; - or nothing: standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=100, help="tokens")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest token")
+    parser.add_argument(
+        "--top-p", type=number(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this probability"
+    )
     parser.add_argument("--seed", type=int, help="of the sampling")
-    parser.add_argument("--audit", type=int, default=0, metavar="N", help="measure recall in every Nth layer step")
+    parser.add_argument(
+        "--audit", type=number(int, 0), default=0, metavar="N", help="measure recall in every Nth layer step"
+    )
     add_model(parser)
 
 

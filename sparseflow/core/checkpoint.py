@@ -233,9 +233,7 @@ def _open_weights(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a damaged or hostile file makes its parser raise
         reason = (str(error) or type(error).__name__).splitlines()[0].split("(1)")[0].strip()
-        raise DiskError(
-            f"{path}: cannot be read as plain weights ({reason}); is the download complete, and from whom?"
-        ) from error
+        raise DiskError(f"{path}: cannot be read as weights ({reason}); is the download complete?") from error
     if not isinstance(content, dict):
         raise DiskError(f"{path}: holds {type(content).__name__}, not tensors by name; is it a checkpoint?")
     return content

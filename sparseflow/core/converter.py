@@ -23,6 +23,7 @@ from sparseflow.core.checkpoint import COMPANION_FILES, Checkpoint
 from sparseflow.core.config import dtype_name, profile_of
 from sparseflow.core.dense_layout import DenseTensor, dense_tensors
 from sparseflow.core.journal import Journal
+from sparseflow.core.sizes import format_size
 from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, SparseFlowError, UnsupportedModel
 from sparseflow.store import codes, shard_format
 from sparseflow.store.manifest import DENSE_NAME, FORMAT_VERSION, Manifest, predictor_name, shard_name
@@ -132,8 +133,8 @@ class _Conversion:
         free = shutil.disk_usage(self.folder).free
         if needed + _SPARE_NBYTES > free:
             raise NotEnoughDisk(
-                f"{self.folder.parent}: the store needs {(needed + _SPARE_NBYTES) / 2**30:.2f} GiB more, "
-                f"{free / 2**30:.2f} GiB are free; free some, or choose another (the path given, or SPARSEFLOW_HOME)"
+                f"{self.folder.parent}: the store needs {format_size(needed + _SPARE_NBYTES)} more, "
+                f"{format_size(free)} are free; free some, or choose another (the path given, or SPARSEFLOW_HOME)"
             )
 
     def _write_dense(self, dense: Sequence[DenseTensor], name: str) -> FileEntry:

@@ -17,6 +17,7 @@ from sparseflow.core.checkpoint import Checkpoint, locate, model_name
 from sparseflow.core.config import OffloadStrategy, dtype_name, require_resident, require_same_network
 from sparseflow.core.converter import convert
 from sparseflow.core.device_cache import WeightCache
+from sparseflow.core.sizes import format_size, parse_size
 from sparseflow.core.weight_source import HostBundles, SourceStatus
 from sparseflow.engine.resident import ResidentShards
 from sparseflow.errors import BadRequest, DiskError, NotEnoughMemory, ShardCorrupt
@@ -36,30 +37,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import OPTConfig
 
-__all__ = ["DiskWeightStore", "WeightCache", "parse_size", "sparseflow_home"]
+__all__ = ["DiskWeightStore", "WeightCache", "sparseflow_home"]
 
 
 def sparseflow_home() -> Path:
     """Where converted stores are kept: `$SPARSEFLOW_HOME`, else `sparseflow` in the user's cache directory."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("SPARSEFLOW_HOME") or f"{cache}/sparseflow").expanduser()
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes, from a number or from a text such as `6GiB`, `1.5GiB`, `512MiB`.
-
-    Raises:
-        BadRequest: anything else.
-    """
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    number, unit = (text[:-3], text[-3:]) if isinstance(text, str) else (text, "")
-    try:
-        nbytes = int(float(number) * units[unit]) if unit else int(number)
-    except (ValueError, KeyError, OverflowError):
-        nbytes = 0
-    if nbytes <= 0:
-        raise BadRequest(f"memory {text!r}: write a size above 0 with its unit, such as 6GiB or 512MiB, or auto")
-    return nbytes
 
 
 class DiskWeightStore:
@@ -151,8 +135,8 @@ class DiskWeightStore:
         limit = psutil.virtual_memory().available if automatic else parse_size(memory)
         if needed > limit:
             raise NotEnoughMemory(
-                f"{self.path}: the weights take {needed / 2**30:.2f} GiB, {'free are' if automatic else 'allowed are'} "
-                f"{limit / 2**30:.2f} GiB; this version keeps all of them in memory: "
+                f"{self.path}: the weights take {format_size(needed)}, {'free are' if automatic else 'allowed are'} "
+                f"{format_size(limit)}; this version keeps all of them in memory: "
                 + ("free some, or use a smaller model" if automatic else "allow more, or use a smaller model")
             )
 

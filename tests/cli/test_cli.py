@@ -128,7 +128,7 @@ def test_verify_names_every_damaged_file(checkpoint: Path, tmp_path: Path, capsy
         (["--dtype", "int8"], 2, "dtype 'int8'.*float16, bfloat16, float32"),
         (["--fidelity", "perfect"], 2, "'perfect'.*exact"),
         (["--memory", "lots"], 2, "memory 'lots'.*6GiB"),
-        (["--memory", "1KiB"], 1, r"allowed are 0\.00 GiB.*allow more"),
+        (["--memory", "1KiB"], 1, r"allowed are 1KiB.*allow more"),
         (["--activation-threshold", "-1"], 2, "activation_threshold=-1"),
         (["--max-new-tokens", "500"], 2, "64 positions.*lower max_new_tokens"),
     ],
@@ -159,10 +159,22 @@ def test_a_model_without_tokenizer_says_what_to_do(family_checkpoint: Callable[.
     assert "came without a tokenizer" in line
 
 
-def test_wrong_usage_is_exit_code_2(capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: store"),
+        (["store", "--max-new-tokens", "0"], "0 is out of range: give a number at least 1"),
+        (["store", "--threads", "0"], "at least 1"),
+        (["store", "--top-p", "7"], "between 0 and 1"),
+        (["store", "--temperature", "nan"], "nan is out of range"),
+        (["store", "--audit", "often"], "invalid int value: 'often'"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_is_right(arguments: list[str], message: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["generate"])
+        main(["generate", *arguments])
     assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_defaults_shown_are_those_written_in_the_strategy() -> None:

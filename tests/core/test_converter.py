@@ -244,7 +244,7 @@ def test_disk_too_small_is_said_before_anything_is_written(
     checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: DiskUsage(2**30, 2**30 - 1000, 1000))
-    with pytest.raises(NotEnoughDisk, match=r"GiB more.*GiB are free; free some"):
+    with pytest.raises(NotEnoughDisk, match=r"MiB more.*iB are free; free some"):
         made(checkpoint, place)
     left = [path for path in place.parent.rglob("*") if not path.is_dir()]
     assert left == []
