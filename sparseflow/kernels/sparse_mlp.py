@@ -59,7 +59,8 @@ def _add_neurons(block, bundles):
     """Each thread takes parts of the neurons, and adds each to that part's sum.
 
     block: n_parts, n_neurons, n_tokens, hidden, bundles, stride (elements), slots (uint32), neuron ids (uint32),
-    fc1 bias, x, sums (zeros: n_parts x tokens x hidden), n_active (int64: n_parts); float32 where not said.
+    fc1 bias, x, sums (zeros: n_parts x tokens x hidden), n_active (int64: n_parts), scratch (n_parts x 2 x hidden);
+    float32 where not said.
     bundles: a pointer of the weights' type.
     """
     n_parts, n_neurons, n_tokens, hidden, stride = block[0], block[1], block[2], block[3], block[5]
@@ -68,6 +69,7 @@ def _add_neurons(block, bundles):
     width = n_tokens * hidden
     for part in range(np.int64(team_rank()), n_parts, np.int64(team_size())):
         total = advance(sums, part * width)
+        wide = advance(float32_at(block[12]), part * 2 * hidden)
         count = 0
         end = n_neurons * (part + 1) // n_parts
         for n in range(n_neurons * part // n_parts, end):
@@ -76,8 +78,13 @@ def _add_neurons(block, bundles):
             for j in range(0, hidden, _PREFETCH_STEP):
                 prefetch(advance(following, j))
             bias = fc1_bias[ids[n]]
+            if n_tokens == 1:
+                count += _add_neuron(total, bundle, bias, x, hidden)
+                continue
+            for j in range(2 * hidden):  # once, not once a token
+                wide[j] = to_float(bundle[j])
             for row in range(0, width, hidden):
-                count += _add_neuron(advance(total, row), bundle, bias, advance(x, row), hidden)
+                count += _add_neuron(advance(total, row), wide, bias, advance(x, row), hidden)
         n_active[part] = count
 
 
@@ -122,10 +129,11 @@ def sparse_mlp(
     n_parts = torch.get_num_threads()
     sums = torch.zeros(n_parts, n_tokens, hidden)
     n_active = np.zeros(n_parts, np.int64)
+    scratch = np.empty((n_parts, 2, hidden), np.float32)
     block = (
         *(n_parts, len(ids), n_tokens, hidden, bundles.data_ptr(), bundles.stride(0)),
         *(slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr()),
-        *(x.data_ptr(), sums.data_ptr(), n_active.ctypes.data),
+        *(x.data_ptr(), sums.data_ptr(), n_active.ctypes.data, scratch.ctypes.data),
     )
     threads.run(_kernel(bundles.dtype), np.array(block, np.int64), n_parts)
     return SparseMLPOutput(sums.sum(0).add_(fc2_bias), int(n_active.sum()))

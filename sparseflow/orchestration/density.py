@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-# Both paths are timed on a whole layer; the shorter of this many runs counts, which other processes disturb least.
+# The shortest of this many runs counts: compilers and other processes disturb it least.
 _RUNS = 3
 
 
@@ -28,29 +28,34 @@ class FixedCrossover:
 
 
 class MeasuredCrossover:
-    """Times both paths once for each power of two of tokens, when it first comes up.
+    """Times one layer, once for each power of two of tokens, when it first comes up.
 
-    For one token the sparse kernel is never slower than reading everything: it reads a subset of the same bytes at the
-    same speed, so the answer is 1 without measuring.
+    Sparse costs choosing (the same whatever is chosen) and computing (as the share chosen); dense always the same.
+    For one token choosing and computing read a subset of what dense reads, at the same speed: 1, without measuring.
     """
 
-    def __init__(self, run_sparse: Callable[[int], object], run_dense: Callable[[int], object]) -> None:
-        """Both compute one layer with all its neurons for a number of tokens."""
-        self._run_sparse = run_sparse
-        self._run_dense = run_dense
+    def __init__(
+        self, choose: Callable[[int], object], compute: Callable[[int], object], dense: Callable[[int], object]
+    ) -> None:
+        """
+        Args:
+            choose: chooses neurons of a layer for a number of tokens.
+            compute: computes all neurons of a layer by the sparse path.
+            dense: computes the layer dense.
+        """
+        self._runs = (choose, compute, dense)
         self._measured: dict[int, float] = {0: 1.0}
 
     def density(self, n_tokens: int) -> float:
-        """Time of the dense path over time of the sparse one with all neurons, whose time grows with their number."""
+        """The share at which both cost the same; 0 where dense costs less than choosing alone."""
         bucket = (n_tokens - 1).bit_length()
         if bucket not in self._measured:
-            size = 1 << bucket
-            self._run_sparse(size)  # compiles
-            sparse_s, dense_s = float("inf"), float("inf")
+            best_s = [float("inf")] * len(self._runs)
             for _ in range(_RUNS):
-                sparse_s = min(sparse_s, _seconds(self._run_sparse, size))
-                dense_s = min(dense_s, _seconds(self._run_dense, size))
-            self._measured[bucket] = min(1.0, dense_s / sparse_s)
+                for n, run in enumerate(self._runs):
+                    best_s[n] = min(best_s[n], _seconds(run, 1 << bucket))
+            choose_s, compute_s, dense_s = best_s
+            self._measured[bucket] = min(1.0, max(0.0, (dense_s - choose_s) / compute_s))
         return self._measured[bucket]
 
 

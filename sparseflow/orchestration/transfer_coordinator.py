@@ -83,7 +83,7 @@ class TransferCoordinator:
         """
         self.source = source
         self.predictor = predictor
-        self.crossover = crossover or MeasuredCrossover(self._time_sparse, self._time_dense)
+        self.crossover = crossover or MeasuredCrossover(self._try_choosing, self._try_sparse, self._try_dense)
         self.stats = RunStats()
         self.audit_every = 0
         """Compare every Nth layer step with the true active set; 0: never. An audit reads the whole layer."""
@@ -116,15 +116,18 @@ class TransferCoordinator:
         """Neurons to compute, or None for all: there is no predictor, or dense is cheaper."""
         if self.predictor is None:
             return None
-        n_tokens, n_neurons = len(x), len(self._everything)
-        limit = self.crossover.density(n_tokens) * n_neurons
-        if n_tokens <= _TOKENS_AT_ONCE:
-            ids = self.predictor.select(layer, x)
+        limit = self.crossover.density(len(x)) * len(self._everything)
+        return self._union(self.predictor, layer, x, limit) if limit > 0 else None
+
+    def _union(self, predictor: NeuronPredictor, layer: int, x: Tensor, limit: float) -> NDArray[np.uint32] | None:
+        """Neurons that any of these tokens needs; None as soon as they are more than `limit`."""
+        if len(x) <= _TOKENS_AT_ONCE:
+            ids = predictor.select(layer, x)
             return ids if len(ids) <= limit else None
-        chosen = np.zeros(n_neurons, bool)
-        n_parts = -(-n_tokens // _TOKENS_AT_ONCE)
+        chosen = np.zeros(len(self._everything), bool)
+        n_parts = -(-len(x) // _TOKENS_AT_ONCE)
         for part in range(n_parts):  # tokens from all over the prompt, so that its union shows early
-            chosen[self.predictor.select(layer, x[part::n_parts].contiguous())] = True
+            chosen[predictor.select(layer, x[part::n_parts].contiguous())] = True
             if np.count_nonzero(chosen) > limit:
                 return None
         return np.flatnonzero(chosen).astype(np.uint32)
@@ -147,13 +150,18 @@ class TransferCoordinator:
             counts.audited += len(active)
             counts.missed += 0 if ids is None else len(np.setdiff1d(active, ids, assume_unique=True))
 
-    def _time_sparse(self, n_tokens: int) -> None:
+    def _try_choosing(self, n_tokens: int) -> None:
+        if self.predictor is not None:
+            x = torch.zeros(n_tokens, self.source.profile.hidden_dimension)
+            self._union(self.predictor, 0, x, len(self._everything))
+
+    def _try_sparse(self, n_tokens: int) -> None:
         x = torch.zeros(n_tokens, self.source.profile.hidden_dimension)
         with self.source.fetch(0, self._everything) as fetch:
             bundles = fetch.wait(FETCH_TIMEOUT_S)
             sparse_mlp(bundles.base, bundles.slots, self._everything, *self._wide_biases[0], x)
 
-    def _time_dense(self, n_tokens: int) -> None:
+    def _try_dense(self, n_tokens: int) -> None:
         with self.source.fetch(0, self._everything) as fetch:
             bundles = fetch.wait(FETCH_TIMEOUT_S)
             x = torch.zeros(n_tokens, self.source.profile.hidden_dimension, dtype=bundles.base.dtype)

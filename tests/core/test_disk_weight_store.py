@@ -19,7 +19,7 @@ from sparseflow.core import weight_manager
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.converter import convert
-from sparseflow.core.weight_manager import DiskWeightStore, parse_size, sparseflow_home
+from sparseflow.core.weight_manager import DiskWeightStore, sparseflow_home
 from sparseflow.errors import (
     BadRequest,
     DiskError,
