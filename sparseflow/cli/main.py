@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; results on stdout, all else on stderr. Returns 0 ok, 1 failed, 2 wrong usage, 130 stopped."""
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=os.environ.get("SPARSEFLOW_LOG", "WARNING").upper(), stream=sys.stderr)
     try:
+        _start_logging()
         result: dict[str, object] = arguments.run(arguments)
     except SparseFlowError as error:
         print(f"sparseflow: error: {error}", file=sys.stderr)
@@ -53,9 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE if wrong_usage else EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     if arguments.json:
         print(json.dumps(result))
     return EXIT_OK if result.get("ok", True) else EXIT_FAILED
+
+
+def _start_logging() -> None:
+    level = os.environ.get("SPARSEFLOW_LOG", "WARNING").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise BadRequest(f"SPARSEFLOW_LOG={level}: give one of DEBUG, INFO, WARNING, ERROR")
+    logging.basicConfig(level=level, stream=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,23 @@ def test_wrong_usage_is_exit_code_2_and_says_what_is_right(arguments: list[str],
     assert message in capsys.readouterr().err
 
 
+def test_an_unknown_log_level_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("SPARSEFLOW_LOG", "loud")
+    assert "SPARSEFLOW_LOG=LOUD" in failed(["version"], 2, capsys)
+
+
+def test_a_reader_that_stops_reading_is_no_crash() -> None:
+    code = "import sys; from sparseflow.cli.main import main; sys.exit(main(['demo', '--max-new-tokens', '300']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(45)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 1
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
 def test_defaults_shown_are_those_written_in_the_strategy() -> None:
     arguments = build_parser().parse_args(["generate", "store"])
     assert arguments.cpu_cache_ratio == OffloadStrategy().cpu_cache_ratio
