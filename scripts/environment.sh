@@ -28,7 +28,8 @@ if [ "$(cat "$venv/.sparseflow" 2>/dev/null)" != "$wanted" ]; then
     # torch before all else: asked for by another package, it would come with gigabytes for GPUs.
     # shellcheck disable=SC2086  # several words are meant to be several arguments
     "$venv/bin/pip" install --quiet --disable-pip-version-check $torch
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[test,dev]"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check \
+        -c <(grep -v '^torch==' "$root/constraints.txt") -e "$root[test,dev]"
     echo "$wanted" >"$venv/.sparseflow"
 fi
 export PATH=$venv/bin:$PATH

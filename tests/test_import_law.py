@@ -13,7 +13,7 @@ PACKAGE = Path(sparseflow.__file__).parent
 
 # A part may import itself, its own row and the rows above it. A new part needs a place here.
 LAW = [
-    {"errors"},
+    {"assets", "errors"},
     {"store", "utils"},
     {"engine"},
     {"core"},

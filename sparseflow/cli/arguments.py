@@ -3,12 +3,9 @@
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.store.profile import DTYPE_NBYTES
-
-DEMO_MODEL = Path(__file__).parent.parent / "assets" / "demo_model"
 
 
 def number(convert: Callable[[str], float], least: float, most: float = math.inf) -> Callable[[str], float]:

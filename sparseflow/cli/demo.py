@@ -7,7 +7,8 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from sparseflow.cli.arguments import DEMO_MODEL, number
+from sparseflow.assets import DEMO_MODEL
+from sparseflow.cli.arguments import number
 from sparseflow.core.config import OffloadStrategy
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="the text to continue")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, help="tokens")
     parser.add_argument("--temperature", type=number(float, 0), default=0.7, help="0: always the likeliest token")
-    parser.add_argument("--seed", type=int, default=7, help="of the sampling, the same for both models")
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=7, help="of the sampling, the same for both models"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -41,11 +44,15 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
     from sparseflow.cli import running
     from sparseflow.core.checkpoint import locate
+    from sparseflow.errors import BadRequest
     from sparseflow.models.opt_sparse import SparseOPTForCausalLM
+    from sparseflow.store.manifest import MANIFEST_NAME
     from sparseflow.utils.tokenizer import tokenizer_of
 
     logging.disable_progress_bar()
     folder = locate(arguments.model or str(DEMO_MODEL))
+    if (folder / MANIFEST_NAME).exists():
+        raise BadRequest(f"{folder}: is a store; give the checkpoint it was made from, to compare with")
     start = time.perf_counter()
     model = SparseOPTForCausalLM.from_pretrained(
         folder, strategy=strategy, dtype=None if arguments.model else "float32", quiet=arguments.json

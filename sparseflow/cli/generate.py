@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=number(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this probability"
     )
-    parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the sampling")
     parser.add_argument(
         "--audit", type=number(int, 0), default=0, metavar="N", help="measure recall in every Nth layer step"
     )
@@ -59,4 +59,4 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         stream=not arguments.json,
         **sampling,
     )
-    return running.result_fields(model, finished, load_s)
+    return running.result_fields(model, finished, load_s) if arguments.json else {}

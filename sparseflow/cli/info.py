@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _model_facts(name: str, strategy: OffloadStrategy) -> dict[str, object]:
-    from sparseflow.core.checkpoint import Checkpoint, locate
+    from sparseflow.core.checkpoint import Checkpoint, locate, model_name
     from sparseflow.core.config import SparseFlowConfig, profile_of
     from sparseflow.store.manifest import MANIFEST_NAME, Manifest
 
@@ -54,7 +54,7 @@ def _model_facts(name: str, strategy: OffloadStrategy) -> dict[str, object]:
     if (folder / MANIFEST_NAME).is_file():
         profile = Manifest.load(folder).profile
     else:
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, model_name(name))
         profile = profile_of(checkpoint.config, checkpoint.dtype(), checkpoint.name)
     gpu_neurons = SparseFlowConfig(profile, strategy).get_gpu_neuron_count()
     return asdict(profile) | {

@@ -103,8 +103,8 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
         "bytes_touched_per_token": touched,
         "limit_tokens_per_s": read_bandwidth() / touched if touched else None,
         "messages_per_token": None,
-        "recall": counts.recall,
-        "recall_samples": counts.audited or None,
+        "recall": model.stats.recall,
+        "recall_samples": model.stats.recall_samples or None,
         "memory": {
             "private": memory.private,
             "shared": memory.shared,

@@ -26,8 +26,12 @@ COMPANION_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 )
-_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+_WEIGHT_PATTERNS = (
+    ("model*.safetensors", "model*.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+)
 
 
 def locate(name: str) -> Path:
@@ -52,8 +56,12 @@ def locate(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        patterns = ["config.json", *COMPANION_FILES, *_WEIGHT_PATTERNS]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        for weights in _WEIGHT_PATTERNS:  # not both formats of the same weights; none from sub-folders
+            patterns = ["config.json", *COMPANION_FILES, *weights]
+            folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+            if any(folder.glob(weights[0])):
+                break
+        return folder
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise DiskError(
             f"{name}: no folder of that name, and not in the hub's cache (HF_HOME={os.environ.get('HF_HOME', '')}), "

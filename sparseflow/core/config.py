@@ -17,6 +17,7 @@ __all__ = [
     "SparseFlowConfig",
     "dtype_name",
     "profile_of",
+    "require_cpu",
     "require_relu_opt",
     "require_resident",
     "require_same_network",
@@ -45,13 +46,23 @@ class OffloadStrategy:
     def __post_init__(self) -> None:
         for name in ("gpu_cache_ratio", "cpu_cache_ratio"):
             value = getattr(self, name)
-            if not 0 < value <= 1:
+            if not isinstance(value, int | float) or not 0 < value <= 1:
                 raise BadRequest(f"{name}={value!r}: give a share of all bundles above 0 and at most 1")
-        if not 0 <= self.activation_threshold < float("inf"):
+        threshold = self.activation_threshold
+        if not isinstance(threshold, int | float) or not 0 <= threshold < float("inf"):
             raise BadRequest(
                 f"activation_threshold={self.activation_threshold!r}: give a factor of the margin, 0 or more; "
                 "1.0 keeps the fidelity as it is"
             )
+
+
+def require_cpu(device: object) -> None:
+    """
+    Raises:
+        BadRequest: any other device.
+    """
+    if str(device) != "cpu":
+        raise BadRequest(f"device {str(device)!r}: this version computes on the CPU; use device='cpu'")
 
 
 def require_resident(strategy: OffloadStrategy) -> None:
@@ -75,10 +86,13 @@ class SparseFlowConfig:
     compute_dtype: "torch.dtype | None" = None
     """None: the dtype of the store."""
     primary_device: str = "cpu"
+    """Where to compute. This version: cpu."""
     secondary_device: str = "cpu"
+    """Where weights wait. This version: cpu."""
     enable_profiling: bool = True
     """Count active and candidate neurons while running."""
     predictor_weights_path: str | None = None
+    """Trained predictors. This version reads none: None."""
     hf_config: "OPTConfig | None" = None
     """transformers' configuration of the same model; None: the one in the store."""
 

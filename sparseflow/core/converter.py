@@ -24,7 +24,7 @@ from sparseflow.core.config import dtype_name, profile_of
 from sparseflow.core.dense_layout import DenseTensor, dense_tensors
 from sparseflow.core.journal import Journal
 from sparseflow.core.sizes import format_size
-from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, SparseFlowError, UnsupportedModel
+from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, UnsupportedModel
 from sparseflow.store import codes, shard_format
 from sparseflow.store.manifest import DENSE_NAME, FORMAT_VERSION, Manifest, predictor_name, shard_name
 from sparseflow.store.profile import ModelProfile
@@ -52,13 +52,15 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
         BadRequest: the destination exists, or the dtype is unknown. NotEnoughDisk: before the first byte is written.
         UnsupportedModel, DiskError: the checkpoint cannot be used.
     """
+    destination = destination.absolute()
+    if destination.exists():
+        raise BadRequest(f"{destination}: exists already; remove it, or choose another place for the store")
     checkpoint_dtype = source.dtype()
     stored_dtype = dtype_name(dtype) if dtype else checkpoint_dtype
     unfinished = destination.with_name(destination.name + ".partial")
     with _exclusive(unfinished):
-        if destination.exists():
-            with suppress(OSError):  # only if it is empty, made just now
-                unfinished.rmdir()
+        if destination.exists():  # made by another process meanwhile
+            unfinished.rmdir()
             raise BadRequest(f"{destination}: exists already; remove it, or choose another place for the store")
         try:
             _Conversion(source, unfinished, profile_of(source.config, stored_dtype, source.name)).run(quiet)
@@ -68,10 +70,12 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
             with suppress(OSError):  # only if it is empty; what an earlier run finished is kept
                 unfinished.rmdir()
             raise
-        except SparseFlowError:  # the checkpoint has to change first, and then nothing made from it is of use
+        except UnsupportedModel:  # the checkpoint has to change first, and then nothing made from it is of use
             shutil.rmtree(unfinished)
             raise
         except OSError as error:
+            if isinstance(error, DiskError):
+                raise
             raise DiskError(
                 f"{unfinished}: writing failed ({error.strerror}); mend that and run it again: what is finished is kept"
             ) from error

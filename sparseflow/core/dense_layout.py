@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparseflow.core.checkpoint import Checkpoint
+from sparseflow.errors import UnsupportedModel
 from sparseflow.store.profile import ModelProfile
 from sparseflow.store.shard_format import DTYPE_CODES, TensorSpec
 
@@ -45,6 +46,8 @@ def dense_tensors(source: Checkpoint, profile: ModelProfile) -> Iterator[DenseTe
         spec = TensorSpec(f"model.{layer}.self_attn.qkv_{kind}", code, (heads, 3, hidden // heads, *shape[1:]))
         return DenseTensor(spec, make)
 
+    if config.tie_word_embeddings:
+        _require_tied_head(source)
     layers = [f"decoder.layers.{n}" for n in range(profile.num_layers)]
     yield plain("decoder.embed_tokens.weight", profile.vocab_size, embedding)
     if not config.tie_word_embeddings:
@@ -70,3 +73,13 @@ def dense_tensors(source: Checkpoint, profile: ModelProfile) -> Iterator[DenseTe
     if has_final_norm and config.layer_norm_elementwise_affine:
         yield plain("decoder.final_layer_norm.weight", hidden)
         yield plain("decoder.final_layer_norm.bias", hidden)
+
+
+def _require_tied_head(source: Checkpoint) -> None:
+    if "lm_head.weight" not in source:
+        return
+    if not source.tensor("lm_head.weight").equal(source.tensor("decoder.embed_tokens.weight")):
+        raise UnsupportedModel(
+            f"{source.folder}: config.json ties the head to the embeddings, but lm_head.weight differs from them; "
+            'if the head is the right one, write "tie_word_embeddings": false into config.json'
+        )

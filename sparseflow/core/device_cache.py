@@ -71,6 +71,10 @@ class WeightCache:
         """
         if len(neurons) > self.capacity:
             raise BadRequest(f"{len(neurons)} neurons for {self.capacity} slots; place them in parts")
+        if len(np.unique(neurons)) != len(neurons):
+            raise BadRequest(
+                f"{len(neurons) - len(np.unique(neurons))} of {len(neurons)} neurons repeated; name each once"
+            )
         slots = self.touch(neurons)
         missing = neurons[slots == _EMPTY]
         order = self._stamp.copy()

@@ -33,17 +33,15 @@ class Journal:
     def _read(self) -> dict[str, FileEntry]:
         """Files recorded for this identity whose bytes are still those written."""
         try:
-            lines = (self._folder / _NAME).read_text(encoding="utf-8").split()
-        except FileNotFoundError:
+            lines = [line for line in (self._folder / _NAME).read_text(encoding="utf-8").splitlines() if line]
+            if not lines or json.loads(lines[0]) != self._identity:
+                return {}
+        except (FileNotFoundError, ValueError):
             return {}
         finished: dict[str, FileEntry] = {}
-        for line in lines:
+        for line in lines[1:]:
             with suppress(ValueError, KeyError, DiskError):  # cut short by a kill, or changed since: made again
                 record = json.loads(line)
-                if line is lines[0]:
-                    if record != self._identity:
-                        return {}
-                    continue
                 entry = FileEntry(record["nbytes"], record["xxh3_64"])
                 check_content(self._folder, record["name"], entry)
                 finished[record["name"]] = entry

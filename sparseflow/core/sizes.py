@@ -22,6 +22,10 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(nbytes: int) -> str:
-    """Three digits and the unit that fits, as `parse_size` reads them."""
-    unit = max((unit for unit in _UNITS if _UNITS[unit] <= nbytes), key=_UNITS.__getitem__, default="KiB")
-    return f"{nbytes / _UNITS[unit]:.3g}{unit}"
+    """Two decimals at most and the unit that fits, as `parse_size` reads them."""
+    value, unit = nbytes / 1024, "KiB"
+    for larger in list(_UNITS)[1:]:
+        if value < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.2f}".rstrip("0").rstrip(".") + unit

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
 import psutil
@@ -92,15 +92,17 @@ class DiskWeightStore:
             DiskError, UnsupportedModel, BadRequest: as their texts say.
         """
         require_resident(strategy or OffloadStrategy())
+        allowed = None if memory == "auto" else parse_size(memory)
         self.path = self._find_or_convert()
         self.manifest = Manifest.load(self.path)
+        self.manifest.require_all_parts(self.path)
         self.profile: ModelProfile = self.manifest.profile
         if self._dtype not in (None, self.profile.dtype):
             raise BadRequest(
                 f"{self.path}: holds {self.profile.dtype}, {self._dtype} is asked for; "
                 f"convert the checkpoint again with --dtype {self._dtype}"
             )
-        self._require_memory(memory)
+        self._require_memory(allowed)
         for name, entry in self.manifest.files.items():
             if not name.startswith("neurons/"):
                 check_content(self.path, name, entry)
@@ -118,7 +120,7 @@ class DiskWeightStore:
         if (folder / MANIFEST_NAME).is_file():
             return folder
         checkpoint = Checkpoint(folder, model_name(self._name))
-        identity = json.dumps([str(folder), checkpoint.identity(), self._dtype, FORMAT_VERSION])
+        identity = json.dumps([str(folder), checkpoint.identity(), self._dtype or checkpoint.dtype(), FORMAT_VERSION])
         digest = hashlib.blake2s(identity.encode(), digest_size=6).hexdigest()
         path = self._cache_dir / f"{checkpoint.name}-{digest}"
         if not path.exists():
@@ -129,15 +131,14 @@ class DiskWeightStore:
                     raise
         return path
 
-    def _require_memory(self, memory: str | int) -> None:
+    def _require_memory(self, allowed: int | None) -> None:
         needed = self.manifest.nbytes_under("")
-        automatic = memory == "auto"
-        limit = psutil.virtual_memory().available if automatic else parse_size(memory)
+        limit = psutil.virtual_memory().available if allowed is None else allowed
         if needed > limit:
+            what, remedy = ("free are", "free some") if allowed is None else ("allowed are", "allow more")
             raise NotEnoughMemory(
-                f"{self.path}: the weights take {format_size(needed)}, {'free are' if automatic else 'allowed are'} "
-                f"{format_size(limit)}; this version keeps all of them in memory: "
-                + ("free some, or use a smaller model" if automatic else "allow more, or use a smaller model")
+                f"{self.path}: the weights take {format_size(needed)}, {what} {format_size(limit)}; "
+                f"this version keeps all of them in memory: {remedy}, or use a smaller model"
             )
 
     @property
@@ -183,6 +184,9 @@ class DiskWeightStore:
             return SourceStatus("closed", 0, 0, {"shared": 0, "private": 0})
         n_bundles = self.profile.num_layers * self.profile.ffn_dimension
         return SourceStatus("ready", n_bundles, n_bundles, {"shared": self.manifest.nbytes_under(""), "private": 0})
+
+    def __reduce__(self) -> NoReturn:
+        raise BadRequest("a store that is open in one process cannot be copied or sent to another; open it there again")
 
     def close(self) -> None:
         """Let go of the weights; models built on this store must not be used afterwards."""
@@ -234,12 +238,14 @@ def map_tensors(path: Path, expected: Sequence[TensorSpec] | None = None) -> "di
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U64": torch.uint64}
     places = read_places(path)
     if expected is not None and [place.spec for place in places.values()] != list(expected):
-        raise ShardCorrupt(f"{path}: not laid out as this version of SparseFlow reads it; convert the model again")
+        raise ShardCorrupt(
+            f"{path}: not laid out as this version of SparseFlow reads it; remove the store and convert the model again"
+        )
     content = torch.frombuffer(map_file(path), dtype=torch.uint8)
     tensors: dict[str, Tensor] = {}
     for name, place in places.items():
         raw = content[place.offset : place.offset + place.spec.nbytes]
         if raw.storage_offset() % raw.new_empty(0, dtype=dtypes[place.spec.dtype]).element_size():
-            raise DiskError(f"{path}: tensor {name!r} is not aligned; convert the model again")
+            raise DiskError(f"{path}: tensor {name!r} is not aligned; remove the store and convert the model again")
         tensors[name] = raw.view(dtypes[place.spec.dtype]).view(place.spec.shape)
     return tensors

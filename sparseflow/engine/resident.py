@@ -48,7 +48,9 @@ def _map_shard(store: Path, layer: int, manifest: Manifest) -> tuple[mmap.mmap, 
     places = read_places(path)
     expected = shard_specs(profile.ffn_dimension, profile.hidden_dimension, profile.dtype)
     if [place.spec for place in places.values()] != expected:
-        raise ShardCorrupt(f"{path}: holds {list(places)}, not the bundles of this model; convert the model again")
+        raise ShardCorrupt(
+            f"{path}: holds {list(places)}, not the bundles of this model; remove the store and convert the model again"
+        )
     mapping = map_file(path)
     content = np.frombuffer(mapping, np.uint8)
     start, end = places["bundles"].offset, places["checksums"].offset
@@ -57,5 +59,7 @@ def _map_shard(store: Path, layer: int, manifest: Manifest) -> tuple[mmap.mmap, 
     if xxhash.xxh3_64_hexdigest(content.data) != manifest.files[shard_name(layer)].xxh3_64:
         wrong = np.flatnonzero(bundle_checksums(bundles) != content[end:].view(np.uint64))
         what = f"{len(wrong)} of {len(bundles)} bundles, neuron {wrong[0]} first," if len(wrong) else "bytes"
-        raise ShardCorrupt(f"{path}: layer {layer}, {what} differ from their checksum; convert the model again")
+        raise ShardCorrupt(
+            f"{path}: layer {layer}, {what} differ from their checksum; remove the store and convert the model again"
+        )
     return mapping, bundles

@@ -5,11 +5,9 @@ python -m sparseflow.examples.demo_generation [MODEL]
 
 import sys
 import time
-from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-import sparseflow
 from sparseflow import (
     DiskWeightStore,
     OffloadStrategy,
@@ -18,14 +16,14 @@ from sparseflow import (
     measure_memory_usage,
     reset_memory_stats,
 )
+from sparseflow.assets import DEMO_MODEL
 from sparseflow.utils.tokenizer import tokenizer_of
 
-DEMO_MODEL = str(Path(sparseflow.__file__).parent / "assets" / "demo_model")
 PROMPTS = ("In the beginning", "Enter HAMLET, reading.", "Blessed are they that")
 
 
 def setup_model(
-    model_name: str = DEMO_MODEL, gpu_cache_ratio: float = 0.3
+    model_name: str = str(DEMO_MODEL), gpu_cache_ratio: float = 0.3
 ) -> tuple[SparseOPTForCausalLM, PreTrainedTokenizerBase, SparseFlowConfig]:
     """Convert once, then open. model_name: a checkpoint folder or a hub id such as facebook/opt-1.3b."""
     hf_config = AutoConfig.from_pretrained(model_name)
@@ -62,7 +60,7 @@ def print_performance_stats(model: SparseOPTForCausalLM, sf_config: SparseFlowCo
 
 def main() -> None:
     """Three prompts, 80 tokens each."""
-    model, tokenizer, config = setup_model(sys.argv[1] if len(sys.argv) > 1 else DEMO_MODEL)
+    model, tokenizer, config = setup_model(sys.argv[1] if len(sys.argv) > 1 else str(DEMO_MODEL))
     reset_memory_stats()
     for prompt in PROMPTS:
         start = time.perf_counter()

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.kernels import threads
 from sparseflow.kernels.intrinsics import (
+    DIGEST,
     GROUP,
     advance,
     float32_at,
@@ -34,7 +35,7 @@ from sparseflow.kernels.intrinsics import (
     int64_at,
     uint32_at,
 )
-from sparseflow.kernels.threads import KERNEL_SIGNATURE, team_rank, team_size
+from sparseflow.kernels.threads import compile_kernel, team_rank, team_size
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
@@ -164,16 +165,18 @@ def _find_candidates(block, part, n_parts):
     counts[part] = count
 
 
-def _kernel_body(args):
-    block = int64_at(args)
-    for part in range(np.int64(team_rank()), block[0], np.int64(team_size())):
-        _find_candidates(block, part, block[0])
-
-
 @cache
 def _kernel() -> Any:
-    """Compiled on first use, and kept on disk by numba."""
-    return cfunc(KERNEL_SIGNATURE, cache=True)(_kernel_body)
+    """Compiled on first use."""
+    digest = DIGEST
+
+    def find_candidates(args):
+        block = int64_at(args)
+        if digest:
+            for part in range(np.int64(team_rank()), block[0], np.int64(team_size())):
+                _find_candidates(block, part, block[0])
+
+    return compile_kernel(find_candidates)
 
 
 def _settings(margin: Margin, failure_probability: float, threshold: float, n_groups: int) -> NDArray[np.float64]:

@@ -16,8 +16,10 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 import torch
-from numba import types
+from numba import cfunc, types
 from numba.core.typing.templates import Signature
+
+from sparseflow.errors import DiskError
 
 _SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
@@ -32,7 +34,7 @@ def _loaded_openmp_runtimes() -> list[str]:
     """Paths of OpenMP runtimes mapped into this process, torch's own folder first."""
     torch_folder = os.path.dirname(torch.__file__)
     with open("/proc/self/maps", encoding="utf-8") as maps:
-        paths = {line.split()[-1] for line in maps if "/lib" in line}
+        paths = {line.rstrip("\n").split(maxsplit=5)[-1] for line in maps if "/lib" in line}
     names = ("libgomp", "libiomp5", "libomp")
     found = [path for path in paths if os.path.basename(path).startswith(names)]
     return sorted(found, key=lambda path: (not path.startswith(torch_folder), path))
@@ -58,6 +60,26 @@ def openmp() -> ctypes.CDLL:
         "torch runs on no OpenMP runtime with GNU entry points (libgomp, libiomp5 or libomp); "
         "install a torch build that uses OpenMP, such as the wheels on PyPI"
     )
+
+
+def compile_kernel(function: Any) -> Any:
+    """Compile `function(args)` for `run`; numba keeps the result on disk.
+
+    numba compiles again when the function's own file or the values it closes over change. Kernels close over
+    `intrinsics.DIGEST`, so that a change in that file is seen too.
+
+    Raises:
+        DiskError: there is no folder to keep it in.
+    """
+    try:
+        return cfunc(KERNEL_SIGNATURE, cache=True)(function)
+    except RuntimeError as error:
+        if "locator" not in str(error):
+            raise
+        raise DiskError(
+            f"compiled kernels can be kept neither in {os.path.dirname(__file__)} nor in the user's cache directory; "
+            "set NUMBA_CACHE_DIR to a folder that can be written"
+        ) from error
 
 
 def run(kernel: Any, args: np.ndarray, n_threads: int) -> None:

@@ -17,6 +17,7 @@ from sparseflow.core.config import (
     OffloadStrategy,
     SparseFlowConfig,
     dtype_name,
+    require_cpu,
     require_resident,
     require_same_network,
     same_sizes,
@@ -25,7 +26,7 @@ from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
 from sparseflow.orchestration.density import Crossover
-from sparseflow.orchestration.neuron_predictor import make_predictor
+from sparseflow.orchestration.neuron_predictor import make_predictor, require_fidelity
 from sparseflow.orchestration.stats import RunStats
 from sparseflow.orchestration.transfer_coordinator import LayerBiases, TransferCoordinator
 
@@ -111,6 +112,19 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         return hidden_states
 
 
+class _Head(nn.Linear):
+    """A frozen linear layer over a slice of positions.
+
+    torch multiplies such an input as a batch and copies the transposed weights for it, all of the vocabulary; as a
+    plain matrix it does not.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, length, hidden) to (batch, length, vocabulary)."""
+        flat = hidden_states.reshape(-1, self.in_features)
+        return functional.linear(flat, self.weight).view(*hidden_states.shape[:-1], self.out_features)
+
+
 class SparseOPTForCausalLM(OPTForCausalLM):
     """transformers' OPT over a `WeightSource`: `generate` and all that belongs to it come from transformers.
 
@@ -147,6 +161,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         with torch.device("meta"):
             super().__init__(hf_config)
             layers = [SparseOPTDecoderLayer(hf_config, n) for n in range(hf_config.num_hidden_layers)]
+            self.lm_head = _Head(hf_config.word_embed_proj_dim, hf_config.vocab_size, bias=False)
         self.model.decoder.layers = nn.ModuleList(layers)
         self.source = source
         self.sparseflow_config = config
@@ -155,6 +170,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         predictor = make_predictor(source, fidelity, config.strategy.activation_threshold)
         self.fidelity = "dense" if predictor is None else predictor.fidelity
         self.coordinator = TransferCoordinator(source, predictor, biases, crossover)
+        self.coordinator.profiling = config.enable_profiling
         for layer in layers:
             layer.coordinator = self.coordinator
         self.generation_config = _generation_config(source, hf_config)
@@ -171,24 +187,37 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         device: str = "cpu",
         dtype: str | torch.dtype | None = None,
         cache_dir: str | Path | None = None,
+        attn_implementation: str | None = None,
         quiet: bool = True,
+        **unknown: Any,
     ) -> Self:
         """Open a store, a transformers checkpoint folder or a hub id; a checkpoint is converted once.
 
         Args:
             memory: the most that weights may take, such as `6GiB`, or `auto`.
             dtype: `float16`, `bfloat16`, `float32`; None or `auto`: as the checkpoint or store has it.
+            attn_implementation: transformers' name of one, such as `eager`; None: its choice.
             quiet: no progress bar while converting.
 
         Raises:
-            SparseFlowError: as its text says.
+            SparseFlowError: as its text says; for what can be known beforehand, before anything is converted.
         """
+        if unknown:
+            raise BadRequest(
+                f"from_pretrained: {', '.join(unknown)} not known here; it takes strategy, memory, fidelity, device, "
+                "dtype, cache_dir, attn_implementation and quiet (device_map: memory; torch_dtype: dtype)"
+            )
+        require_cpu(device)
+        require_fidelity(fidelity)
         stored_dtype = None if dtype in (None, "auto") else dtype_name(dtype)
         strategy = strategy or OffloadStrategy()
         store = DiskWeightStore(name, cache_dir, dtype=stored_dtype, quiet=quiet)
         store.initialize_from_pretrained(strategy=strategy, memory=memory)
         config = SparseFlowConfig(store.profile, strategy, primary_device=device)
-        return cls(config, store, fidelity=fidelity)
+        model = cls(config, store, fidelity=fidelity)
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        return model
 
     @property
     def stats(self) -> RunStats:
@@ -209,9 +238,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             dense += self.lm_head.weight.nbytes
         reads_codes = self.fidelity not in ("dense", "oracle")
         codes = sum(t.nbytes for t in self.source.predictor_tensors().values()) if reads_codes else 0
-        profile, counts = self.source.profile, self.stats.decode
-        parts = (counts.candidate_share or 0) + (counts.active_share or 0)
-        return int(dense + codes + parts * profile.num_layers * profile.ffn_dimension * profile.part_nbytes)
+        return int(dense + codes + (self.stats.decode.halves_share or 0) * self.source.profile.neurons_nbytes)
 
     def forward(
         self,
@@ -264,7 +291,10 @@ class SparseOPTForCausalLM(OPTForCausalLM):
 
     def _load_dense(self) -> None:
         dense = dict(self.source.dense())
-        missing, unexpected = self.load_state_dict(dense, strict=False, assign=True)
+        try:
+            missing, unexpected = self.load_state_dict(dense, strict=False, assign=True)
+        except RuntimeError as error:
+            raise FingerprintMismatch(f"dense weights are of other sizes than config.json says: {error}") from error
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.decoder.embed_tokens.weight
             missing = [name for name in missing if name != "lm_head.weight"]
@@ -272,49 +302,27 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             raise FingerprintMismatch(
                 f"dense weights do not fit the model: {missing} missing, {unexpected} unexpected; convert it again"
             )
-        for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm) and m.weight is None):
-            norm.to_empty(device="cpu")
         self.requires_grad_(False)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Does nothing where the model is there already.
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to`, `half`, `cuda`, `type` and their like come down to: nothing to do, or refused.
 
         Raises:
             BadRequest: another device or dtype.
         """
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type != self.device.type:
-            raise BadRequest(f"device {device}: this version computes on the CPU; leave the model on {self.device}")
-        if dtype is not None and dtype != self.dtype:
+        here = torch.empty(0, dtype=self.dtype)
+        try:
+            there = fn(here)
+        except (AssertionError, RuntimeError) as error:
+            raise BadRequest(f"the model cannot be moved ({error}); leave the model on {self.device}") from error
+        if there.device != here.device:
+            raise BadRequest(f"device {there.device}: this version computes on the CPU; leave the model on the CPU")
+        if there.dtype != here.dtype:
             raise BadRequest(
-                f"dtype {dtype}: the weights are the store's own, {self.dtype}; "
-                f"open the checkpoint with dtype={str(dtype).removeprefix('torch.')!r} instead"
+                f"dtype {there.dtype}: the weights are the store's own, {self.dtype}; "
+                f"open the checkpoint with dtype={str(there.dtype).removeprefix('torch.')!r} instead"
             )
         return self
-
-    def half(self, *args: Any) -> Self:
-        """As `.to(torch.float16)`."""
-        return self.to(torch.float16)
-
-    def float(self, *args: Any) -> Self:
-        """As `.to(torch.float32)`."""
-        return self.to(torch.float32)
-
-    def bfloat16(self, *args: Any) -> Self:
-        """As `.to(torch.bfloat16)`."""
-        return self.to(torch.bfloat16)
-
-    def double(self) -> Self:
-        """As `.to(torch.float64)`."""
-        return self.to(torch.float64)
-
-    def cpu(self) -> Self:
-        """As `.to("cpu")`."""
-        return self.to("cpu")
-
-    def cuda(self, device: Any = None) -> Self:
-        """As `.to("cuda")`."""
-        return self.to("cuda")
 
     def train(self, mode: bool = True) -> Self:
         """
@@ -345,8 +353,13 @@ def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
             "use the configuration of the model in the store"
         )
     require_resident(config.strategy)
-    if torch.device(config.primary_device).type != "cpu":
-        raise BadRequest(f"device {config.primary_device!r}: this version computes on the CPU; use device='cpu'")
+    for device in (config.primary_device, config.secondary_device):
+        require_cpu(device)
+    if config.predictor_weights_path is not None:
+        raise BadRequest(
+            f"predictor_weights_path={config.predictor_weights_path!r}: this version reads no trained predictors; "
+            "leave it None, exact and certified need none"
+        )
     if config.compute_dtype is not None and dtype_name(config.compute_dtype) != source.profile.dtype:
         raise BadRequest(
             f"compute_dtype={config.compute_dtype}: the store holds {source.profile.dtype}; "

@@ -110,6 +110,7 @@ def make_predictor(source: WeightSource, fidelity: str, activation_threshold: fl
     Raises:
         BadRequest: no such fidelity.
     """
+    require_fidelity(fidelity)
     match fidelity:
         case "exact":
             return BoundPredictor(source, Margin.EXACT, activation_threshold)
@@ -117,6 +118,13 @@ def make_predictor(source: WeightSource, fidelity: str, activation_threshold: fl
             return BoundPredictor(source, Margin.CERTIFIED, activation_threshold)
         case "oracle":
             return OraclePredictor(source)
-        case "dense":
-            return None
-    raise BadRequest(f"fidelity {fidelity!r}: this version knows {', '.join(FIDELITIES)}")
+    return None
+
+
+def require_fidelity(fidelity: str) -> None:
+    """
+    Raises:
+        BadRequest: no such fidelity.
+    """
+    if fidelity not in FIDELITIES:
+        raise BadRequest(f"fidelity {fidelity!r}: this version knows {', '.join(FIDELITIES)}")

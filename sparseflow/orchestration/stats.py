@@ -13,6 +13,8 @@ class StepCounts:
     """Neurons of those layers."""
     fetched: int = 0
     """Neurons computed; all of them in a dense step."""
+    halves_read: int = 0
+    """Halves of bundles read: fc1's of each neuron computed, fc2's of each active one (of all, in a dense step)."""
     pairs: int = 0
     """Pairs of token and neuron."""
     active_pairs: int = 0
@@ -38,9 +40,9 @@ class StepCounts:
         return _ratio(self.dense_layer_steps, self.layer_steps)
 
     @property
-    def recall(self) -> float | None:
-        """Share of the truly active neurons, in audited steps, that were computed."""
-        return _ratio(self.audited - self.missed, self.audited)
+    def halves_share(self) -> float | None:
+        """Halves of bundles read, as a share of all halves."""
+        return _ratio(self.halves_read, 2 * self.neurons)
 
 
 @dataclass
@@ -49,6 +51,16 @@ class RunStats:
 
     prefill: StepCounts = field(default_factory=StepCounts)
     decode: StepCounts = field(default_factory=StepCounts)
+
+    @property
+    def recall_samples(self) -> int:
+        """Truly active neurons in audited layer steps of both phases."""
+        return self.prefill.audited + self.decode.audited
+
+    @property
+    def recall(self) -> float | None:
+        """Share of those that were computed."""
+        return _ratio(self.recall_samples - self.prefill.missed - self.decode.missed, self.recall_samples)
 
 
 def _ratio(part: int, whole: int) -> float | None:

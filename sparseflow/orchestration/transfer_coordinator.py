@@ -14,9 +14,10 @@ from torch import Tensor
 
 from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.weight_source import WeightSource
+from sparseflow.errors import BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
 from sparseflow.kernels.sparse_mlp import sparse_mlp
-from sparseflow.orchestration.density import Crossover, MeasuredCrossover
+from sparseflow.orchestration.density import SAMPLE_STEP, Crossover, MeasuredCrossover
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor, active_neurons
 from sparseflow.orchestration.stats import RunStats, StepCounts
 
@@ -85,6 +86,9 @@ class TransferCoordinator:
         self.predictor = predictor
         self.crossover = crossover or MeasuredCrossover(self._try_choosing, self._try_sparse, self._try_dense)
         self.stats = RunStats()
+        self.profiling = True
+        """Count; off, all counts stay 0."""
+        self._n_layer_steps = 0
         self.audit_every = 0
         """Compare every Nth layer step with the true active set; 0: never. An audit reads the whole layer."""
         profile = source.profile
@@ -98,8 +102,15 @@ class TransferCoordinator:
         ]
         self._everything = np.arange(profile.ffn_dimension, dtype=np.uint32)
 
+    @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep
     def mlp(self, layer: int, x: Tensor, *, decoding: bool) -> Tensor:
-        """One MLP. x: (n_tokens, hidden), dtype of the store; so is the result."""
+        """One MLP. x: (n_tokens, hidden), dtype of the store; so is the result.
+
+        Raises:
+            BadRequest: gradients are asked for; the kernels have none.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise BadRequest("gradients: sparse layers have none; use torch.no_grad(), or the dense checkpoint")
         wide = x.float().contiguous()
         ids = self._choose(layer, wide)
         counts = self.stats.decode if decoding else self.stats.prefill
@@ -109,7 +120,8 @@ class TransferCoordinator:
                 y, n_active = self._dense(layer, bundles.base, bundles.slots, x)
             else:
                 y, n_active = sparse_mlp(bundles.base, bundles.slots, ids, *self._wide_biases[layer], wide)
-        self._count(counts, layer, wide, ids, n_active)
+        if self.profiling:
+            self._count(counts, layer, wide, ids, n_active)
         return y.to(x.dtype)
 
     def _choose(self, layer: int, x: Tensor) -> NDArray[np.uint32] | None:
@@ -143,9 +155,11 @@ class TransferCoordinator:
         counts.dense_layer_steps += ids is None
         counts.neurons += n_neurons
         counts.fetched += n_neurons if ids is None else len(ids)
+        counts.halves_read += 2 * n_neurons if ids is None else len(ids) + min(n_active, len(ids))
         counts.pairs += len(x) * n_neurons
         counts.active_pairs += n_active
-        if self.audit_every and counts.layer_steps % self.audit_every == 0:
+        self._n_layer_steps += 2 if layer == 0 else 1  # so that no multiple of the layers audits one layer alone
+        if self.audit_every and self._n_layer_steps % self.audit_every == 0:
             active = active_neurons(self.source, layer, x, self._wide_biases[layer][0])
             counts.audited += len(active)
             counts.missed += 0 if ids is None else len(np.setdiff1d(active, ids, assume_unique=True))
@@ -157,9 +171,10 @@ class TransferCoordinator:
 
     def _try_sparse(self, n_tokens: int) -> None:
         x = torch.zeros(n_tokens, self.source.profile.hidden_dimension)
-        with self.source.fetch(0, self._everything) as fetch:
+        ids = self._everything[::SAMPLE_STEP].copy()
+        with self.source.fetch(0, ids) as fetch:
             bundles = fetch.wait(FETCH_TIMEOUT_S)
-            sparse_mlp(bundles.base, bundles.slots, self._everything, *self._wide_biases[0], x)
+            sparse_mlp(bundles.base, bundles.slots, ids, *self._wide_biases[0], x)
 
     def _try_dense(self, n_tokens: int) -> None:
         with self.source.fetch(0, self._everything) as fetch:

@@ -71,6 +71,19 @@ class Manifest:
         """Bytes of all files whose path starts with `prefix`."""
         return sum(entry.nbytes for name, entry in self.files.items() if name.startswith(prefix))
 
+    def require_all_parts(self, store: Path) -> None:
+        """
+        Raises:
+            ShardCorrupt: the manifest lists no file for some part of the model.
+        """
+        layers = range(self.profile.num_layers)
+        expected = {"config.json", DENSE_NAME, *map(shard_name, layers), *map(predictor_name, layers)}
+        if missing := expected - self.files.keys():
+            raise ShardCorrupt(
+                f"{store / MANIFEST_NAME}: {len(missing)} files are not listed, {min(missing)} first; "
+                "remove the store and convert the model again"
+            )
+
     def save(self, store: Path) -> None:
         """Write manifest.json atomically."""
         content = asdict(self) | {
@@ -96,7 +109,9 @@ class Manifest:
         path = store / MANIFEST_NAME
         try:
             if path.stat().st_size > _MANIFEST_LIMIT_NBYTES:
-                raise ShardCorrupt(f"{path}: more than {_MANIFEST_LIMIT_NBYTES} bytes; convert the model again")
+                raise ShardCorrupt(
+                    f"{path}: more than {_MANIFEST_LIMIT_NBYTES} bytes; remove the store and convert the model again"
+                )
             content = json.loads(path.read_bytes())
             version = content["format_version"]
         except OSError as error:
@@ -106,19 +121,25 @@ class Manifest:
                 f"{store}: not a store ({MANIFEST_NAME}: {error.strerror}); make one with: sparseflow convert"
             ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ShardCorrupt(f"{path}: not a manifest ({error}); convert the model again") from error
+            raise ShardCorrupt(
+                f"{path}: not a manifest ({error}); remove the store and convert the model again"
+            ) from error
         if version != FORMAT_VERSION:
             raise DiskError(
-                f"{path}: format version {version}, this SparseFlow reads {FORMAT_VERSION}; convert the model again"
+                f"{path}: format version {version}, this SparseFlow reads {FORMAT_VERSION}; "
+                "remove the store and convert the model again"
             )
         try:
             return cls._parse(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ShardCorrupt(f"{path}: {error}; convert the model again") from error
+            raise ShardCorrupt(f"{path}: {error}; remove the store and convert the model again") from error
 
     @classmethod
     def _parse(cls, content: dict[str, Any]) -> "Manifest":
         profile = ModelProfile(**content["profile"])
+        for name in ("hidden_dimension", "ffn_dimension", "num_layers", "num_attention_heads", "vocab_size"):
+            if not isinstance(getattr(profile, name), int) or getattr(profile, name) < 1:
+                raise ValueError(f"{name} is {getattr(profile, name)!r}")
         if profile.layer_sparsity_map is not None:
             shares = {int(layer): share for layer, share in profile.layer_sparsity_map.items()}
             profile = replace(profile, layer_sparsity_map=shares)
@@ -158,9 +179,11 @@ def check_size(store: Path, name: str, entry: FileEntry) -> None:
     try:
         nbytes = path.stat().st_size
     except OSError as error:
-        raise DiskError(f"{path}: file is missing; convert the model again") from error
+        raise DiskError(f"{path}: file is missing; remove the store and convert the model again") from error
     if nbytes != entry.nbytes:
-        raise ShardCorrupt(f"{path}: {nbytes} bytes, the manifest says {entry.nbytes}; convert the model again")
+        raise ShardCorrupt(
+            f"{path}: {nbytes} bytes, the manifest says {entry.nbytes}; remove the store and convert the model again"
+        )
 
 
 def check_content(store: Path, name: str, entry: FileEntry) -> None:
@@ -171,4 +194,6 @@ def check_content(store: Path, name: str, entry: FileEntry) -> None:
     """
     check_size(store, name, entry)
     if hash_file(store / name) != entry:
-        raise ShardCorrupt(f"{store / name}: bytes differ from their checksum; convert the model again")
+        raise ShardCorrupt(
+            f"{store / name}: bytes differ from their checksum; remove the store and convert the model again"
+        )

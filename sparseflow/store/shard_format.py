@@ -144,10 +144,12 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(HEADER_LIMIT_NBYTES, size - 8):
-                raise ShardCorrupt(f"{path}: header of {length} bytes in a file of {size}; convert the model again")
+                raise ShardCorrupt(
+                    f"{path}: header of {length} bytes, file of {size}; remove the store and convert the model again"
+                )
             text = file.read(length)
     except FileNotFoundError as error:
-        raise DiskError(f"{path}: file is missing; convert the model again") from error
+        raise DiskError(f"{path}: file is missing; remove the store and convert the model again") from error
     except OSError as error:
         if isinstance(error, DiskError):
             raise
@@ -155,7 +157,9 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
     try:
         return _parse_places(json.loads(text), 8 + length, size)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ShardCorrupt(f"{path}: header does not describe this file ({error}); convert the model again") from error
+        raise ShardCorrupt(
+            f"{path}: header does not describe this file ({error}); remove the store and convert the model again"
+        ) from error
 
 
 def _parse_places(header: dict[str, dict[str, object]], data_start: int, size: int) -> dict[str, TensorPlace]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import opt_family
 import pytest
 import torch
 from opt_family import DTYPES, FAMILY, same_bits, tensors_in
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from sparseflow.core.checkpoint import COMPANION_FILES, Checkpoint
 from sparseflow.core.converter import convert
+from sparseflow.core.journal import Journal
 from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, SparseFlowError, UnsupportedModel
 from sparseflow.store.codes import GROUP
 from sparseflow.store.manifest import DENSE_NAME, Manifest, check_content, predictor_name, shard_name
-from sparseflow.store.shard_format import ALIGNMENT_NBYTES
+from sparseflow.store.shard_format import ALIGNMENT_NBYTES, hash_file
 
 Weights = dict[str, Tensor]
 
@@ -392,3 +394,35 @@ def test_failed_conversion_can_be_repeated_with_another_dtype(checkpoint: Path, 
     assert Manifest.load(store).profile.dtype == "float32"
     assert {tensors_in(path)["bundles"].dtype for path in store.glob("neurons/*")} == {torch.float32}
     assert [path.name for path in place.parent.iterdir()] == ["store"]
+
+
+def test_a_rerun_never_mixes_two_checkpoints_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    """The journal identifies its conversion by a line that holds the name."""
+    folder, place = tmp_path / "my model", tmp_path / "store"
+    opt_family.make("base", folder)
+    identity = Checkpoint(folder).identity()
+    journal = Journal(tmp_path, {"name": "my model", "source": identity})
+    journal.start()
+    (tmp_path / "part").write_bytes(b"x")
+    journal.record("part", hash_file(tmp_path / "part"))
+    assert Journal(tmp_path, {"name": "my model", "source": identity}).finished.keys() == {"part"}
+    assert Journal(tmp_path, {"name": "my model", "source": []}).finished == {}
+    assert not place.exists()
+
+
+def test_a_tied_head_that_differs_from_the_embeddings_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    opt_family.make("untied", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UnsupportedModel, match=r'"tie_word_embeddings": false'):
+        convert(Checkpoint(folder), tmp_path / "store", quiet=True)
+
+
+@pytest.mark.parametrize("place", [".", "/"])
+def test_a_place_that_exists_is_refused_by_its_whole_name(
+    place: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadRequest, match="exists already"):
+        convert(Checkpoint(checkpoint), Path(place), quiet=True)

@@ -146,7 +146,7 @@ class TestFinding:
                     source.dense()["model.decoder.embed_tokens.weight"].dtype == opt_family.DTYPES[dtype or "float32"]
                 )
                 paths.add(source.path)
-        assert len(paths) == 4
+        assert len(paths) == 3, "the checkpoint's own dtype, named or not, is one store"
 
     def test_dtype_that_a_store_does_not_have_is_a_bad_request(self, store: Path) -> None:
         with pytest.raises(BadRequest, match=r"holds float32, bfloat16 is asked for; convert .* --dtype bfloat16"):
@@ -206,7 +206,7 @@ class TestMemory:
     def test_automatic_is_what_is_free(self, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         free = psutil.virtual_memory()._replace(available=1000)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-        with pytest.raises(NotEnoughMemory, match=r"free are 0.977KiB.*free some"):
+        with pytest.raises(NotEnoughMemory, match=r"free are 0.98KiB.*free some"):
             opened(store)
 
     def test_that_is_no_size_is_a_bad_request(self, store: Path) -> None:
@@ -278,7 +278,7 @@ class TestDamage:
     @pytest.mark.parametrize("name", EVERY_FILE)
     def test_missing_file_is_named(self, name: str, store: Path) -> None:
         (store / name).unlink()
-        with pytest.raises(DiskError, match=f"{name}: file is missing; convert the model again"):
+        with pytest.raises(DiskError, match=f"{name}: file is missing; remove the store and convert"):
             opened(store)
 
     def test_without_a_manifest_it_is_no_store(self, store: Path) -> None:

@@ -22,6 +22,9 @@ def test_what_is_no_size_is_refused_with_an_example(text: str | int) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize(("nbytes", "text"), [(100, "0.0977KiB"), (1 << 20, "1MiB"), (3 << 29, "1.5GiB")])
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(100, "0.1KiB"), (1 << 20, "1MiB"), (3 << 29, "1.5GiB"), (1000 << 20, "0.98GiB"), (999 << 20, "999MiB")],
+)
 def test_sizes_are_written(nbytes: int, text: str) -> None:
     assert format_size(nbytes) == text
