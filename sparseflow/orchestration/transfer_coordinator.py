@@ -145,7 +145,7 @@ class TransferCoordinator:
         return np.flatnonzero(chosen).astype(np.uint32)
 
     def _dense(self, layer: int, base: Tensor, slots: NDArray[np.uint32], x: Tensor) -> tuple[Tensor, int]:
-        in_place = len(base) == len(slots)
+        in_place = len(base) == len(slots) and np.array_equal(slots, self._everything)
         bundles = base if in_place else base[torch.from_numpy(slots.astype(np.int64))]
         return dense_mlp(bundles, *self._biases[layer], x)
 

@@ -12,6 +12,7 @@ import torch
 from pairs import make_pair
 
 from sparseflow import DiskWeightStore, SparseFlowConfig, SparseOPTForCausalLM
+from sparseflow.core.weight_source import HostBundles
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
 from sparseflow.orchestration.density import FixedCrossover, MeasuredCrossover
 
@@ -309,3 +310,32 @@ def test_one_token_steps_never_go_dense_under_the_measured_crossover(demo_model:
     model = SparseOPTForCausalLM.from_pretrained(demo_model)
     model.generate(opt_family.random_ids(model.config, 1, 40), max_new_tokens=30, min_new_tokens=30)
     assert model.stats.decode.dense_layer_share == 0
+
+
+def test_a_dense_step_follows_the_slots_wherever_bundles_lie(family_checkpoint: Any) -> None:
+    """As in an arena, where a neuron's slot is not its id."""
+    pair = make_pair(family_checkpoint("base"), torch.float32, "dense")
+    source = pair.sparse.source
+    fetch, order = source.fetch, torch.randperm(source.profile.ffn_dimension)
+
+    class Moved:
+        """A fetch of the same bundles, elsewhere."""
+
+        def __init__(self, layer: int, ids: Any) -> None:
+            self.bundles = fetch(layer, ids).wait(1)
+
+        def wait(self, timeout_s: float) -> HostBundles:
+            slots = torch.argsort(order)[torch.from_numpy(self.bundles.slots.astype("int64"))]
+            return HostBundles(self.bundles.base[order], slots.numpy().astype("uint32"))
+
+        def __enter__(self) -> "Moved":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    source.fetch = Moved
+    ids = opt_family.random_ids(pair.dense.config, 1, 12)
+    with torch.inference_mode():
+        dense, moved = (model(ids).logits for model in pair)
+    torch.testing.assert_close(dense, moved, rtol=1e-4, atol=1e-4)
