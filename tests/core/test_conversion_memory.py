@@ -13,7 +13,6 @@ from transformers import OPTConfig
 HIDDEN, FFN, LAYERS, VOCAB = 1024, 4096, 6, 8000
 LAYER_NBYTES = 2 * (2 * HIDDEN * FFN + 4 * HIDDEN * HIDDEN)
 LARGEST_NBYTES = 2 * VOCAB * HIDDEN
-SLACK_NBYTES = 4 << 20  # allocator, journal, progress
 
 CONVERT = """
 import json, sys
@@ -60,7 +59,7 @@ def test_peak_is_under_two_layers_and_the_largest_tensor(
     measured = json.loads(run_python(CONVERT, family_checkpoint("base", "float16"), checkpoint, tmp_path))
     limit = 2 * LAYER_NBYTES + LARGEST_NBYTES
     whole = sum(path.stat().st_size for path in checkpoint.iterdir())
-    facts = measured | {"limit": limit, "slack": SLACK_NBYTES, "checkpoint": whole}
+    facts = measured | {"limit": limit, "checkpoint": whole}
     print({name: f"{nbytes / 2**20:.1f} MiB" for name, nbytes in facts.items()})
     assert whole > 2 * limit, "a converter that holds all of it would pass"
-    assert measured["peak"] < limit + SLACK_NBYTES
+    assert measured["peak"] < limit
