@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FETCH_TIMEOUT_S = 60.0  # far beyond any disk's answer; what takes longer has failed
+
+
 @dataclass(frozen=True, slots=True)
 class HostBundles:
     """Bundles in host memory.

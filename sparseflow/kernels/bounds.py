@@ -25,7 +25,6 @@ from torch import Tensor
 from sparseflow.kernels import threads
 from sparseflow.kernels.intrinsics import (
     DIGEST,
-    GROUP,
     advance,
     float32_at,
     float64_at,
@@ -36,6 +35,7 @@ from sparseflow.kernels.intrinsics import (
     uint32_at,
 )
 from sparseflow.kernels.threads import compile_kernel, team_rank, team_size
+from sparseflow.store.codes import GROUP
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 

@@ -10,9 +10,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-DIGEST = zlib.crc32(Path(__file__).read_bytes()) | 1  # of this file; never 0
+from sparseflow.store.codes import GROUP
 
-GROUP = 128  # elements of a code group; int32 holds a group's sum exactly: 128 * 127 * 32767 < 2**31
+DIGEST = zlib.crc32(Path(__file__).read_bytes(), GROUP) | 1  # of this file and what it imports; never 0
+
 _CACHE_LINE_NBYTES = 64
 _PREFETCH_AHEAD = 2048  # bytes of codes, asked for before they are read
 _LANES = 16  # float32 lanes of the running sum; LLVM splits them where the machine's vectors are narrower

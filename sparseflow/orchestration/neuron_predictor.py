@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparseflow.core.weight_source import WeightSource
+from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.bounds import CodedRows, Margin, candidates
 
@@ -76,7 +76,7 @@ def active_neurons(source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor
     """Neurons whose pre-activation, in float64, is above 0 for at least one token."""
     everything = np.arange(source.profile.ffn_dimension, dtype=np.uint32)
     with source.fetch(layer, everything) as fetch:
-        bundles = fetch.wait(timeout_s=60)
+        bundles = fetch.wait(FETCH_TIMEOUT_S)
         rows = bundles.base[torch.from_numpy(bundles.slots.astype(np.int64)), 0].double()
     above = (x.double() @ rows.T + fc1_bias.double() > 0).any(0)
     return torch.nonzero(above).flatten().numpy().astype(np.uint32)

@@ -13,15 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.device_cache import WeightCache
-from sparseflow.core.weight_source import WeightSource
+from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
 from sparseflow.kernels.sparse_mlp import sparse_mlp
 from sparseflow.orchestration.density import SAMPLE_STEP, Crossover, MeasuredCrossover
-from sparseflow.orchestration.neuron_predictor import NeuronPredictor, active_neurons
+from sparseflow.orchestration.neuron_predictor import NeuronPredictor, active_neurons, fc1_biases
 from sparseflow.orchestration.stats import RunStats, StepCounts
-
-FETCH_TIMEOUT_S = 60.0
 
 # A prompt's neurons are chosen this many tokens at a time, and no further once their union is dense.
 _TOKENS_AT_ONCE = 8
@@ -93,13 +91,8 @@ class TransferCoordinator:
         """Compare every Nth layer step with the true active set; 0: never. An audit reads the whole layer."""
         profile = source.profile
         self._biases = biases
-        self._wide_biases = [
-            (
-                bias.fc1.float() if bias.fc1 is not None else torch.zeros(profile.ffn_dimension),
-                bias.fc2.float() if bias.fc2 is not None else torch.zeros(profile.hidden_dimension),
-            )
-            for bias in biases
-        ]
+        fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
+        self._wide_biases = list(zip(fc1_biases(source), fc2, strict=True))
         self._everything = np.arange(profile.ffn_dimension, dtype=np.uint32)
 
     @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep

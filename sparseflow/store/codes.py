@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from sparseflow.store.shard_format import TensorSpec
 
-GROUP = 128  # columns that share a step; scripts/bench/NOTES.md compares widths and groups by bytes per token
+# Columns that share a step. scripts/bench/NOTES.md compares widths and groups by bytes per token; kernels rely on a
+# multiple of 32 whose sums int32 holds: GROUP * 127 * 32767 < 2**31.
+GROUP = 128
 CODE_LIMIT = 127
 ROUNDING_SEED = 20231109
 _ROWS_AT_ONCE = 128  # float64 temporaries of a block stay small beside a layer
