@@ -5,6 +5,7 @@
     │   ├── UnsupportedModel             bad_request      not a ReLU OPT, or weights we cannot read
     │   └── PromptTooLong                bad_request      more positions than the model has
     ├── NotEnoughMemory                  bad_request      the memory given or free cannot hold what is asked
+    ├── ArenaBusy                        arena_busy       more slots than there are, or than can be had
     ├── NotEnoughDisk                    disk_error       the disk cannot hold the store
     ├── DiskError                        disk_error       a file is missing, unreadable or not ours
     ├── ShardCorrupt                     shard_corrupt    bytes differ from their checksum
@@ -47,6 +48,12 @@ class DiskError(SparseFlowError, OSError):
     """A file is missing, unreadable, or not what its place says."""
 
     wire_code = "disk_error"
+
+
+class ArenaBusy(SparseFlowError):
+    """More arena slots are needed than there are, or than others leave."""
+
+    wire_code = "arena_busy"
 
 
 class NotEnoughDisk(DiskError):

@@ -19,7 +19,6 @@ __all__ = [
     "profile_of",
     "require_cpu",
     "require_relu_opt",
-    "require_resident",
     "require_same_network",
     "require_sizes",
     "same_sizes",
@@ -33,9 +32,9 @@ class OffloadStrategy:
     gpu_cache_ratio: float = 0.3
     """Share of all bundles that have a slot on the GPU. Without effect on a CPU, which computes from host memory."""
     cpu_cache_ratio: float = 1.0
-    """Share of all bundles kept in host memory. This version keeps all: 1.0."""
+    """At most this share of all bundles is kept in host memory; less where the memory given does not hold it."""
     aggressive_offload: bool = False
-    """Keep one layer's slots for all layers. This version keeps all bundles resident: False."""
+    """Keep one layer's slots for all layers."""
     activation_threshold: float = 1.0
     """Scales the margin of the predictor's bound; 1.0 leaves the fidelity as it is."""
     use_lru_eviction: bool = True
@@ -63,18 +62,6 @@ def require_cpu(device: object) -> None:
     """
     if str(device) != "cpu":
         raise BadRequest(f"device {str(device)!r}: this version computes on the CPU; use device='cpu'")
-
-
-def require_resident(strategy: OffloadStrategy) -> None:
-    """
-    Raises:
-        BadRequest: the strategy asks for less than all bundles in host memory.
-    """
-    if strategy.cpu_cache_ratio < 1 or strategy.aggressive_offload:
-        raise BadRequest(
-            f"cpu_cache_ratio={strategy.cpu_cache_ratio}, aggressive_offload={strategy.aggressive_offload}: "
-            "this version keeps all bundles in host memory; use cpu_cache_ratio=1.0 and aggressive_offload=False"
-        )
 
 
 @dataclass(frozen=True)

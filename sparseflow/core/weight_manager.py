@@ -4,23 +4,23 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from sparseflow.core.checkpoint import Checkpoint, locate, model_name
-from sparseflow.core.config import OffloadStrategy, dtype_name, require_resident, require_same_network
+from sparseflow.core.config import OffloadStrategy, dtype_name, require_same_network
 from sparseflow.core.converter import convert
 from sparseflow.core.device_cache import WeightCache
-from sparseflow.core.sizes import format_size, parse_size
-from sparseflow.core.weight_source import HostBundles, SourceStatus
-from sparseflow.engine.resident import ResidentShards
-from sparseflow.errors import BadRequest, DiskError, NotEnoughMemory, ShardCorrupt
+from sparseflow.core.host_bundles import ArenaBundles, BundleHolder, MappedBundles
+from sparseflow.core.memory_plan import plan_memory, require_memory
+from sparseflow.core.weight_source import Fetch, SourceStatus
+from sparseflow.engine.counts import ReadTimes
+from sparseflow.engine.reading import require_io
+from sparseflow.errors import BadRequest, DiskError, ShardCorrupt
 from sparseflow.store.codes import code_specs
 from sparseflow.store.manifest import (
     DENSE_NAME,
@@ -70,7 +70,7 @@ class DiskWeightStore:
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else sparseflow_home() / "stores"
         self._dtype = dtype_name(dtype) if dtype else None
         self._quiet = quiet
-        self._resident: ResidentShards | None = None
+        self._holder: BundleHolder | None = None
 
     def initialize_from_pretrained(
         self,
@@ -78,21 +78,25 @@ class DiskWeightStore:
         *,
         strategy: OffloadStrategy | None = None,
         memory: str | int = "auto",
+        io: str = "auto",
     ) -> Self:
         """Find or make the store, and open it.
 
         Args:
             hf_config: transformers' configuration of the model; checked against the store's if given.
-            strategy: how much is kept in host memory.
-            memory: the most that weights may take, a size or `auto` (what is free).
+            strategy: how much is kept in host memory; None: what the first model built on it says.
+            memory: the most that weights, arena and buffers may take, a size or `auto` (nine tenths of what is free).
+                Where all weights fit they are mapped; else what must be is resident, and the rest is the arena's.
+            io: how bundles are read where not all are resident: `direct`, `buffered`, `map`, or `auto` (direct where
+                the file system allows it; `status` says which, and why).
 
         Raises:
             FingerprintMismatch: `hf_config` describes another model.
             NotEnoughMemory: the weights do not fit.
             DiskError, UnsupportedModel, BadRequest: as their texts say.
         """
-        require_resident(strategy or OffloadStrategy())
-        allowed = None if memory == "auto" else parse_size(memory)
+        require_memory(memory)
+        require_io(io)
         self.path = self._find_or_convert()
         self.manifest = Manifest.load(self.path)
         self.manifest.require_all_parts(self.path)
@@ -102,17 +106,18 @@ class DiskWeightStore:
                 f"{self.path}: holds {self.profile.dtype}, {self._dtype} is asked for; "
                 f"convert the checkpoint again with --dtype {self._dtype}"
             )
-        self._require_memory(allowed)
-        for name, entry in self.manifest.files.items():
-            if not name.startswith("neurons/"):
-                check_content(self.path, name, entry)
         if hf_config is not None:
             stored = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             require_same_network(hf_config.to_dict(), stored, str(self.path))
+        self._memory, self._io, self._strategy = memory, io, strategy
+        plan_memory(self.path, self.manifest, strategy or OffloadStrategy(), memory)  # refused before much is read
+        for name, entry in self.manifest.files.items():
+            if not name.startswith("neurons/"):
+                check_content(self.path, name, entry)
         self.model_files: Mapping[str, bytes] = {
             name: (self.path / name).read_bytes() for name in self.manifest.files if not name.endswith(".safetensors")
         }
-        self._resident = ResidentShards(self.path, self.manifest)
+        self._holder = self._hold(strategy or OffloadStrategy())
         return self
 
     def _find_or_convert(self) -> Path:
@@ -131,39 +136,51 @@ class DiskWeightStore:
                     raise
         return path
 
-    def _require_memory(self, allowed: int | None) -> None:
-        needed = self.manifest.nbytes_under("")
-        limit = psutil.virtual_memory().available if allowed is None else allowed
-        if needed > limit:
-            what, remedy = ("free are", "free some") if allowed is None else ("allowed are", "allow more")
-            raise NotEnoughMemory(
-                f"{self.path}: the weights take {format_size(needed)}, {what} {format_size(limit)}; "
-                f"this version keeps all of them in memory: {remedy}, or use a smaller model"
-            )
+    def _hold(self, strategy: OffloadStrategy) -> BundleHolder:
+        plan = plan_memory(self.path, self.manifest, strategy, self._memory)
+        if plan.n_slots is None:
+            return MappedBundles(self.path, self.manifest)
+        return ArenaBundles(self.path, self.manifest, plan.n_slots, strategy, self._io, plan.buffers_nbytes)
 
     @property
-    def _shards(self) -> ResidentShards:
-        if self._resident is None:
+    def _bundles(self) -> BundleHolder:
+        if self._holder is None:
             raise BadRequest(f"{self._name}: the store is not open; call initialize_from_pretrained() first")
-        return self._resident
+        return self._holder
 
-    @cached_property
-    def _bundles(self) -> "list[Tensor]":
-        import torch
+    @property
+    def fetch_limit(self) -> int:
+        """As `WeightSource.fetch_limit`."""
+        return self._bundles.fetch_limit
 
-        shards, p = self._shards, self.profile
-        shape = (p.ffn_dimension, p.parts_per_bundle, p.hidden_dimension)
-        dtype = getattr(torch, p.dtype)
-        return [torch.from_numpy(shards.layer(n)).view(dtype).view(shape) for n in range(p.num_layers)]
+    @property
+    def read_times(self) -> ReadTimes:
+        """As `WeightSource.read_times`."""
+        return self._bundles.read_times
+
+    def use_strategy(self, strategy: OffloadStrategy) -> None:
+        """As `WeightSource.use_strategy`: settled by whoever says it first."""
+        held = self._strategy or OffloadStrategy()
+        differing = [name for name in _HOST_FIELDS if getattr(strategy, name) != getattr(held, name)]
+        if differing and self._strategy is not None:
+            raise BadRequest(
+                f"{self.path}: was opened with {held}, the model asks for other {', '.join(differing)}; "
+                "give both the same strategy, or open the store a second time"
+            )
+        if differing:
+            self._bundles.close()
+            self._holder = None
+            self._holder = self._hold(strategy)
+        self._strategy = strategy
 
     def dense(self) -> "Mapping[str, Tensor]":
         """All weights but the bundles, as `WeightSource.dense`."""
-        self._shards  # noqa: B018  raises where the store is not open
+        self._bundles  # noqa: B018  raises where the store is not open
         return map_tensors(self.path / DENSE_NAME)
 
     def predictor_tensors(self) -> "Mapping[str, Tensor]":
         """Codes of fc1, as `WeightSource.predictor_tensors`."""
-        self._shards  # noqa: B018  raises where the store is not open
+        self._bundles  # noqa: B018  raises where the store is not open
         expected = code_specs(self.profile.ffn_dimension, self.profile.hidden_dimension)
         return {
             f"{layer}.{name}": tensor
@@ -172,28 +189,37 @@ class DiskWeightStore:
         }
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
-        """Nothing to start: every bundle is resident."""
+        """As `WeightSource.hint`."""
+        self._bundles.hint(layer, ids)
 
-    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "ResidentFetch":
-        """Every bundle lies in the slot of its own id."""
-        return ResidentFetch(HostBundles(self._bundles[layer], ids))
+    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
+        """As `WeightSource.fetch`."""
+        return self._bundles.fetch(layer, ids)
 
     def status(self) -> SourceStatus:
         """What is held now."""
-        if self._resident is None:
+        if self._holder is None:
             return SourceStatus("closed", 0, 0, {"shared": 0, "private": 0})
-        n_bundles = self.profile.num_layers * self.profile.ffn_dimension
-        return SourceStatus("ready", n_bundles, n_bundles, {"shared": self.manifest.nbytes_under(""), "private": 0})
+        holder, manifest = self._holder, self.manifest
+        shared = manifest.nbytes_under("") - manifest.nbytes_under("neurons/") + holder.mapped_nbytes
+        return SourceStatus(
+            "ready",
+            self.profile.num_layers * self.profile.ffn_dimension,
+            holder.n_resident,
+            {"shared": shared, "private": holder.private_nbytes},
+            holder.io,
+            holder.reasons,
+            holder.counts(),
+        )
 
     def __reduce__(self) -> NoReturn:
         raise BadRequest("a store that is open in one process cannot be copied or sent to another; open it there again")
 
     def close(self) -> None:
         """Let go of the weights; models built on this store must not be used afterwards."""
-        if self._resident is not None:
-            self._resident.close()
-            self._resident = None
-            self.__dict__.pop("_bundles", None)
+        if self._holder is not None:
+            self._holder.close()
+            self._holder = None
 
     def __enter__(self) -> Self:
         return self
@@ -204,27 +230,8 @@ class DiskWeightStore:
         self.close()
 
 
-class ResidentFetch:
-    """A fetch that has nothing to wait for."""
-
-    __slots__ = ("_bundles",)
-
-    def __init__(self, bundles: HostBundles) -> None:
-        self._bundles = bundles
-
-    def wait(self, timeout_s: float) -> HostBundles:
-        return self._bundles
-
-    def release(self) -> None:
-        pass
-
-    def __enter__(self) -> "ResidentFetch":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
+# What of a strategy says how bundles are kept in host memory.
+_HOST_FIELDS = ("cpu_cache_ratio", "aggressive_offload", "use_lru_eviction", "async_transfer")
 
 
 def map_tensors(path: Path, expected: Sequence[TensorSpec] | None = None) -> "dict[str, Tensor]":

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sparseflow.core.config import OffloadStrategy
+from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.store.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -59,6 +61,12 @@ class SourceStatus:
     n_bundles: int
     n_resident: int
     memory: Mapping[str, int]
+    io: str = "map"
+    """How bundles come from disk: `direct`, `buffered` or `map`."""
+    reasons: tuple[str, ...] = ()
+    """Why something is not as asked for or as fast as it could be."""
+    counts: FetchCounts | None = None
+    """None where every bundle is resident and nothing is counted."""
 
 
 class WeightSource(Protocol):
@@ -67,6 +75,24 @@ class WeightSource(Protocol):
     profile: ModelProfile
     model_files: Mapping[str, bytes]
     """config.json, and what there is of generation_config.json and tokenizer files, by name."""
+
+    @property
+    def fetch_limit(self) -> int:
+        """Bundles that one fetch may ask for; twice as many can be in host memory at once."""
+        ...
+
+    @property
+    def read_times(self) -> ReadTimes:
+        """What bundles cost that are not in host memory."""
+        ...
+
+    def use_strategy(self, strategy: OffloadStrategy) -> None:
+        """Keep bundles as the strategy says.
+
+        Raises:
+            BadRequest: the source was opened under another one.
+        """
+        ...
 
     def dense(self) -> "Mapping[str, Tensor]":
         """All weights but the bundles, under the names of `SparseOPTForCausalLM`'s parameters. Shared; read-only."""

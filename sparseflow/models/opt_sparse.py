@@ -18,7 +18,6 @@ from sparseflow.core.config import (
     SparseFlowConfig,
     dtype_name,
     require_cpu,
-    require_resident,
     require_same_network,
     same_sizes,
 )
@@ -81,6 +80,11 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         self.fc1: _Bias = _Bias(config.ffn_dim, config.enable_bias)
         self.fc2: _Bias = _Bias(config.hidden_size, config.enable_bias)
 
+    @property
+    def mlp_norm(self) -> nn.LayerNorm:
+        """What stands between the residual stream and the MLP."""
+        return self.final_layer_norm if self.do_layer_norm_before else self.self_attn_layer_norm
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -95,6 +99,7 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         norm_first = self.do_layer_norm_before  # all but OPT-350m
 
         residual = hidden_states
+        self.coordinator.hint(self.layer_idx, residual.reshape(-1, self.embed_dim))
         if norm_first:
             hidden_states = self.self_attn_layer_norm(hidden_states)
         hidden_states, _ = self.self_attn(hidden_states, past_key_values, attention_mask, **kwargs)
@@ -105,8 +110,12 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         residual = hidden_states
         if norm_first:
             hidden_states = self.final_layer_norm(hidden_states)
-        flat = hidden_states.reshape(-1, self.embed_dim)  # (n_tokens, hidden)
-        hidden_states = residual + self.coordinator.mlp(self.layer_idx, flat, decoding=decoding).view(residual.shape)
+        x, stream = (
+            hidden_states.reshape(-1, self.embed_dim),
+            residual.reshape(-1, self.embed_dim),
+        )  # (n_tokens, hidden)
+        y = self.coordinator.mlp(self.layer_idx, x, stream, decoding=decoding)
+        hidden_states = residual + y.view(residual.shape)
         if not norm_first:
             hidden_states = self.final_layer_norm(hidden_states)
         return hidden_states
@@ -154,6 +163,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             BadRequest: a device, dtype or fidelity that cannot be served.
         """
         _require_match(config, source)
+        source.use_strategy(config.strategy)
         hf_config = copy.deepcopy(config.hf_config) or OPTConfig.from_dict(
             json.loads(source.model_files["config.json"])
         )
@@ -169,7 +179,8 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         biases = [LayerBiases(layer.fc1.bias, layer.fc2.bias) for layer in layers]
         predictor = make_predictor(source, fidelity, config.strategy.activation_threshold)
         self.fidelity = "dense" if predictor is None else predictor.fidelity
-        self.coordinator = TransferCoordinator(source, predictor, biases, crossover)
+        norms = [layer.mlp_norm for layer in layers]
+        self.coordinator = TransferCoordinator(source, predictor, biases, norms, crossover)
         self.coordinator.profiling = config.enable_profiling
         for layer in layers:
             layer.coordinator = self.coordinator
@@ -183,6 +194,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         *,
         strategy: OffloadStrategy | None = None,
         memory: str | int = "auto",
+        io: str = "auto",
         fidelity: str = "exact",
         device: str = "cpu",
         dtype: str | torch.dtype | None = None,
@@ -194,7 +206,9 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         """Open a store, a transformers checkpoint folder or a hub id; a checkpoint is converted once.
 
         Args:
-            memory: the most that weights may take, such as `6GiB`, or `auto`.
+            memory: the most that weights, arena and buffers may take, such as `6GiB`; `auto`: nine tenths of what is
+                free. What does not fit stays on disk and is read as it is needed.
+            io: how it is read: `direct`, `buffered`, `map`, or `auto`.
             dtype: `float16`, `bfloat16`, `float32`; None or `auto`: as the checkpoint or store has it.
             attn_implementation: transformers' name of one, such as `eager`; None: its choice.
             quiet: no progress bar while converting.
@@ -204,15 +218,15 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         """
         if unknown:
             raise BadRequest(
-                f"from_pretrained: {', '.join(unknown)} not known here; it takes strategy, memory, fidelity, device, "
-                "dtype, cache_dir, attn_implementation and quiet (device_map: memory; torch_dtype: dtype)"
+                f"from_pretrained: {', '.join(unknown)} not known here; it takes strategy, memory, io, fidelity, "
+                "device, dtype, cache_dir, attn_implementation and quiet (device_map: memory; torch_dtype: dtype)"
             )
         require_cpu(device)
         require_fidelity(fidelity)
         stored_dtype = None if dtype in (None, "auto") else dtype_name(dtype)
         strategy = strategy or OffloadStrategy()
         store = DiskWeightStore(name, cache_dir, dtype=stored_dtype, quiet=quiet)
-        store.initialize_from_pretrained(strategy=strategy, memory=memory)
+        store.initialize_from_pretrained(strategy=strategy, memory=memory, io=io)
         config = SparseFlowConfig(store.profile, strategy, primary_device=device)
         model = cls(config, store, fidelity=fidelity)
         if attn_implementation is not None:
@@ -352,7 +366,6 @@ def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
             f"the configuration describes {config.profile}, the source holds {source.profile}; "
             "use the configuration of the model in the store"
         )
-    require_resident(config.strategy)
     for device in (config.primary_device, config.secondary_device):
         require_cpu(device)
     if config.predictor_weights_path is not None:

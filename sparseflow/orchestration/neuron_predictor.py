@@ -74,12 +74,15 @@ class OraclePredictor:
 
 def active_neurons(source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor) -> NDArray[np.uint32]:
     """Neurons whose pre-activation, in float64, is above 0 for at least one token."""
-    everything = np.arange(source.profile.ffn_dimension, dtype=np.uint32)
-    with source.fetch(layer, everything) as fetch:
-        bundles = fetch.wait(FETCH_TIMEOUT_S)
-        rows = bundles.base[torch.from_numpy(bundles.slots.astype(np.int64)), 0].double()
-    above = (x.double() @ rows.T + fc1_bias.double() > 0).any(0)
-    return torch.nonzero(above).flatten().numpy().astype(np.uint32)
+    found = []
+    for start in range(0, source.profile.ffn_dimension, source.fetch_limit):
+        ids = np.arange(start, min(start + source.fetch_limit, source.profile.ffn_dimension), dtype=np.uint32)
+        with source.fetch(layer, ids) as fetch:
+            bundles = fetch.wait(FETCH_TIMEOUT_S)
+            rows = bundles.base[torch.from_numpy(bundles.slots.astype(np.int64)), 0].double()
+        bias = fc1_bias[start : start + len(ids)].double()
+        found.append(ids[(x.double() @ rows.T + bias > 0).any(0).numpy()])
+    return np.concatenate(found)
 
 
 def fc1_biases(source: WeightSource) -> list[Tensor]:

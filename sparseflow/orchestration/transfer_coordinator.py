@@ -4,8 +4,9 @@ On a CPU bundles are computed where they lie in host memory, so nothing moves. `
 whose bundles need a slot on a device.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,16 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.device_cache import WeightCache
-from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
+from sparseflow.core.memory_plan import DENSE_PART_NBYTES
+from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles, WeightSource
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
 from sparseflow.kernels.sparse_mlp import sparse_mlp
-from sparseflow.orchestration.density import SAMPLE_STEP, Crossover, MeasuredCrossover
+from sparseflow.orchestration.density import Crossover, MeasuredCrossover, Trial
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor, active_neurons, fc1_biases
 from sparseflow.orchestration.stats import RunStats, StepCounts
 
 # A prompt's neurons are chosen this many tokens at a time, and no further once their union is dense.
 _TOKENS_AT_ONCE = 8
+
+# The sparse path is timed on every _SAMPLE_STEP-th neuron, as far as they can be fetched at once.
+_SAMPLE_STEP = 8
+
+Lookahead = Literal["off", "input", "before"]
+"""From what it is foreseen what a layer needs: nothing; what enters the layer; what enters the MLP before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,32 +80,49 @@ class TransferCoordinator:
         source: WeightSource,
         predictor: NeuronPredictor | None,
         biases: list[LayerBiases],
+        norms: Sequence[Callable[[Tensor], Tensor]],
         crossover: Crossover | None = None,
     ) -> None:
         """
         Args:
             predictor: chooses neurons; None computes every layer dense.
             biases: one a layer, dtype of the store.
+            norms: one a layer, from the residual stream to the MLP's input.
             crossover: when a step goes dense; None: measured.
         """
         self.source = source
         self.predictor = predictor
-        self.crossover = crossover or MeasuredCrossover(self._try_choosing, self._try_sparse, self._try_dense)
+        profile = source.profile
+        self._everything = np.arange(profile.ffn_dimension, dtype=np.uint32)
+        self.crossover = crossover or self._measured_crossover()
         self.stats = RunStats()
         self.profiling = True
         """Count; off, all counts stay 0."""
         self._n_layer_steps = 0
         self.audit_every = 0
         """Compare every Nth layer step with the true active set; 0: never. An audit reads the whole layer."""
-        profile = source.profile
+        self.lookahead: Lookahead = "before" if source.read_times.layer_s else "off"
+        """Where hints come from."""
+        self._norms = norms
         self._biases = biases
         fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
         self._wide_biases = list(zip(fc1_biases(source), fc2, strict=True))
-        self._everything = np.arange(profile.ffn_dimension, dtype=np.uint32)
+
+    def hint(self, layer: int, hidden: Tensor) -> None:
+        """Before a layer's attention: start to read what its MLP may need, judged by what enters the layer.
+
+        hidden: (n_tokens, hidden), the residual stream.
+        """
+        if self.lookahead == "input":
+            self._look_ahead(layer, hidden)
 
     @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep
-    def mlp(self, layer: int, x: Tensor, *, decoding: bool) -> Tensor:
-        """One MLP. x: (n_tokens, hidden), dtype of the store; so is the result.
+    def mlp(self, layer: int, x: Tensor, hidden: Tensor, *, decoding: bool) -> Tensor:
+        """One MLP.
+
+        Args:
+            x: (n_tokens, hidden), the MLP's input, dtype of the store; so is the result.
+            hidden: (n_tokens, hidden), the residual stream that the result will be added to.
 
         Raises:
             BadRequest: gradients are asked for; the kernels have none.
@@ -106,14 +131,9 @@ class TransferCoordinator:
             raise BadRequest("gradients: sparse layers have none; use torch.no_grad(), or the dense checkpoint")
         wide = x.float().contiguous()
         ids = self._choose(layer, wide)
-        counts = self.stats.decode if decoding else self.stats.prefill
-        with self.source.fetch(layer, self._everything if ids is None else ids) as fetch:
-            bundles = fetch.wait(FETCH_TIMEOUT_S)
-            if ids is None:
-                y, n_active = self._dense(layer, bundles.base, bundles.slots, x)
-            else:
-                y, n_active = sparse_mlp(bundles.base, bundles.slots, ids, *self._wide_biases[layer], wide)
+        y, n_active = self._dense(layer, x) if ids is None else self._sparse(layer, ids, wide, hidden)
         if self.profiling:
+            counts = self.stats.decode if decoding else self.stats.prefill
             self._count(counts, layer, wide, ids, n_active)
         return y.to(x.dtype)
 
@@ -137,10 +157,64 @@ class TransferCoordinator:
                 return None
         return np.flatnonzero(chosen).astype(np.uint32)
 
-    def _dense(self, layer: int, base: Tensor, slots: NDArray[np.uint32], x: Tensor) -> tuple[Tensor, int]:
-        in_place = len(base) == len(slots) and np.array_equal(slots, self._everything)
-        bundles = base if in_place else base[torch.from_numpy(slots.astype(np.int64))]
-        return dense_mlp(bundles, *self._biases[layer], x)
+    def _sparse(self, layer: int, ids: NDArray[np.uint32], x: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
+        """The chosen neurons, in as many parts as their bundles need."""
+        fc1_bias, fc2_bias = self._wide_biases[layer]
+        parts = _parts(ids, self.source.fetch_limit)
+        total, n_active = torch.zeros_like(x), 0
+        for n, part in enumerate(parts):
+            with self.source.fetch(layer, part) as fetch:
+                if n + 1 < len(parts):
+                    self.source.hint(layer, parts[n + 1])
+                elif self.lookahead == "before":
+                    self._look_ahead(layer + 1, hidden)
+                bundles = fetch.wait(FETCH_TIMEOUT_S)
+                y, active = sparse_mlp(bundles.base, bundles.slots, part, fc1_bias, fc2_bias, x)
+            total = y if n == 0 else total.add_(y).sub_(fc2_bias)
+            n_active += active
+        return total, n_active
+
+    def _dense(self, layer: int, x: Tensor) -> tuple[Tensor, int]:
+        """All neurons, streamed in parts where not all are in memory: one is computed while the next is read."""
+        parts = _parts(self._everything, self._dense_part)
+        following = [*parts[1:], parts[0]]
+        total, n_active = torch.zeros_like(x), 0
+        for n, part in enumerate(parts):
+            with self.source.fetch(layer, part) as fetch:
+                next_layer = layer + (n + 1 == len(parts))
+                if self.lookahead != "off" and next_layer < self.source.profile.num_layers:
+                    self.source.hint(next_layer, following[n])
+                bundles = fetch.wait(FETCH_TIMEOUT_S)
+                y, active = self._dense_part_of(layer, part, bundles, x, is_first=n == 0)
+            total = y if n == 0 else total.float().add_(y)
+            n_active += active
+        return total, n_active
+
+    @property
+    def _dense_part(self) -> int:
+        """Neurons of a dense layer step that are computed together."""
+        most = DENSE_PART_NBYTES // self.source.profile.bundle_nbytes
+        is_mapped = self.source.fetch_limit == len(self._everything) and not self.source.read_times.layer_s
+        return len(self._everything) if is_mapped else max(1, min(self.source.fetch_limit, most))
+
+    def _dense_part_of(
+        self, layer: int, ids: NDArray[np.uint32], bundles: HostBundles, x: Tensor, *, is_first: bool
+    ) -> tuple[Tensor, int]:
+        base, slots = bundles.base, bundles.slots.astype(np.int64)
+        if (np.diff(slots) == 1).all():
+            chosen = base[int(slots[0]) : int(slots[-1]) + 1]
+        else:
+            chosen = base[torch.from_numpy(slots)]
+        fc1, fc2 = self._biases[layer]
+        fc1 = None if fc1 is None else fc1[int(ids[0]) : int(ids[-1]) + 1]
+        return dense_mlp(chosen, fc1, fc2 if is_first else None, x)
+
+    def _look_ahead(self, layer: int, hidden: Tensor) -> None:
+        """Hint what a layer would need if the residual stream reached its MLP as it is now."""
+        if layer >= self.source.profile.num_layers or self.predictor is None or len(hidden) > _TOKENS_AT_ONCE:
+            return
+        x = self._norms[layer](hidden).float().contiguous()
+        self.source.hint(layer, self.predictor.select(layer, x))
 
     def _count(self, counts: StepCounts, layer: int, x: Tensor, ids: NDArray[np.uint32] | None, n_active: int) -> None:
         n_neurons = len(self._everything)
@@ -157,20 +231,36 @@ class TransferCoordinator:
             counts.audited += len(active)
             counts.missed += 0 if ids is None else len(np.setdiff1d(active, ids, assume_unique=True))
 
-    def _try_choosing(self, n_tokens: int) -> None:
-        if self.predictor is not None:
-            x = torch.zeros(n_tokens, self.source.profile.hidden_dimension)
-            self._union(self.predictor, 0, x, len(self._everything))
+    def _measured_crossover(self) -> MeasuredCrossover:
+        n_neurons = len(self._everything)
+        sample = _parts(self._everything[::_SAMPLE_STEP].copy(), self.source.fetch_limit)[0]
+        part = self._everything[: self._dense_part]
+        hidden = self.source.profile.hidden_dimension
 
-    def _try_sparse(self, n_tokens: int) -> None:
-        x = torch.zeros(n_tokens, self.source.profile.hidden_dimension)
-        ids = self._everything[::SAMPLE_STEP].copy()
-        with self.source.fetch(0, ids) as fetch:
-            bundles = fetch.wait(FETCH_TIMEOUT_S)
-            sparse_mlp(bundles.base, bundles.slots, ids, *self._wide_biases[0], x)
+        def choose(n_tokens: int) -> None:
+            if self.predictor is not None:
+                self._union(self.predictor, 0, torch.zeros(n_tokens, hidden), n_neurons)
 
-    def _try_dense(self, n_tokens: int) -> None:
-        with self.source.fetch(0, self._everything) as fetch:
-            bundles = fetch.wait(FETCH_TIMEOUT_S)
-            x = torch.zeros(n_tokens, self.source.profile.hidden_dimension, dtype=bundles.base.dtype)
-            self._dense(0, bundles.base, bundles.slots, x)
+        def sparse(n_tokens: int) -> None:
+            with self.source.fetch(0, sample) as fetch:
+                bundles = fetch.wait(FETCH_TIMEOUT_S)
+                x = torch.zeros(n_tokens, hidden)
+                sparse_mlp(bundles.base, bundles.slots, sample, *self._wide_biases[0], x)
+
+        def dense(n_tokens: int) -> None:
+            with self.source.fetch(0, part) as fetch:
+                bundles = fetch.wait(FETCH_TIMEOUT_S)
+                x = torch.zeros(n_tokens, hidden, dtype=bundles.base.dtype)
+                self._dense_part_of(0, part, bundles, x, is_first=True)
+
+        return MeasuredCrossover(
+            choose,
+            Trial(sparse, len(sample) / n_neurons),
+            Trial(dense, len(part) / n_neurons),
+            self.source.read_times,
+        )
+
+
+def _parts(ids: NDArray[np.uint32], most: int) -> list[NDArray[np.uint32]]:
+    """Ids in parts of at most `most`; at least one part, which may be empty."""
+    return [ids[start : start + most] for start in range(0, max(len(ids), 1), most)]

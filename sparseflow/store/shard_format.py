@@ -21,11 +21,11 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -193,10 +193,10 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(nbytes, digest.hexdigest())
 
 
-def bundle_checksums(bundles: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """xxh3-64 of each bundle. bundles: (n, bundle_nbytes) uint8. Returns (n,) uint64."""
+def bundle_checksums(bundles: Iterable[Any]) -> NDArray[np.uint64]:
+    """xxh3-64 of each bundle. bundles: n times (bundle_nbytes,) uint8. Returns (n,) uint64."""
     digest = xxhash.xxh3_64_intdigest
-    return np.fromiter((digest(bundle) for bundle in bundles), np.uint64, len(bundles))
+    return np.fromiter((digest(bundle) for bundle in bundles), np.uint64)
 
 
 def shard_specs(ffn_dim: int, hidden: int, dtype: str) -> list[TensorSpec]:

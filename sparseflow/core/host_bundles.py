@@ -1,0 +1,189 @@
+"""Where an open store keeps its bundles in this process: all of them mapped, or some of them in the engine's arena."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseflow.core.config import OffloadStrategy
+from sparseflow.core.weight_source import Fetch, HostBundles
+from sparseflow.engine.counts import FetchCounts, ReadTimes
+from sparseflow.engine.engine import Engine
+from sparseflow.engine.resident import ResidentShards
+from sparseflow.store.manifest import Manifest
+from sparseflow.store.profile import ModelProfile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HINT_TIMEOUT_S = 60.0
+
+
+class BundleHolder(Protocol):
+    """What `DiskWeightStore` needs of either."""
+
+    io: str
+    reasons: tuple[str, ...]
+    fetch_limit: int
+    read_times: ReadTimes
+    private_nbytes: int
+    """Bytes of this process's own memory."""
+    mapped_nbytes: int
+    """Bytes of files that are mapped."""
+
+    @property
+    def n_resident(self) -> int:
+        """Bundles in host memory."""
+        ...
+
+    def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        """As `WeightSource.hint`."""
+        ...
+
+    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
+        """As `WeightSource.fetch`."""
+        ...
+
+    def counts(self) -> FetchCounts | None:
+        """What was fetched so far; None where nothing is counted."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the memory. May be called twice."""
+        ...
+
+
+class MappedBundles:
+    """Every bundle mapped, in the slot of its own id."""
+
+    io = "map"
+    reasons: tuple[str, ...] = ()
+    read_times = ReadTimes(0.0, 0.0)
+    private_nbytes = 0
+
+    def __init__(self, store: Path, manifest: Manifest) -> None:
+        profile = manifest.profile
+        self._shards = ResidentShards(store, manifest)
+        self.fetch_limit = profile.ffn_dimension
+        self.mapped_nbytes = manifest.nbytes_under("neurons/")
+        layers = range(profile.num_layers)
+        self.n_resident = len(layers) * profile.ffn_dimension
+        self._bundles = [HostBundles(_as_tensor(self._shards.layer(n), profile), _NO_SLOTS) for n in layers]
+
+    def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        """Nothing to start."""
+
+    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "MappedFetch":
+        """As `WeightSource.fetch`."""
+        return MappedFetch(HostBundles(self._bundles[layer].base, ids))
+
+    def counts(self) -> None:
+        """Nothing is counted."""
+
+    def close(self) -> None:
+        """As `BundleHolder.close`."""
+        self._bundles = []
+        self._shards.close()
+
+
+class MappedFetch:
+    """A fetch that has nothing to wait for."""
+
+    __slots__ = ("_bundles",)
+
+    def __init__(self, bundles: HostBundles) -> None:
+        self._bundles = bundles
+
+    def wait(self, timeout_s: float) -> HostBundles:
+        """As `Fetch.wait`."""
+        return self._bundles
+
+    def release(self) -> None:
+        """Nothing to give back."""
+
+    def __enter__(self) -> "MappedFetch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class ArenaBundles:
+    """Some bundles in the arena of an engine, the others on disk until they are asked for."""
+
+    mapped_nbytes = 0
+
+    def __init__(
+        self, store: Path, manifest: Manifest, n_slots: int, strategy: OffloadStrategy, io: str, fixed_nbytes: int
+    ) -> None:
+        self._engine = Engine(store, manifest, n_slots, eviction="lru" if strategy.use_lru_eviction else "fifo", io=io)
+        profile = manifest.profile
+        self._waits_for_hints = not strategy.async_transfer
+        self._base = _as_tensor(self._engine.slots, profile)
+        self.io, self.reasons = self._engine.io, self._engine.reasons
+        self.fetch_limit = max(1, min(profile.ffn_dimension, n_slots // 2))
+        self.read_times = self._engine.read_times
+        self.private_nbytes = fixed_nbytes + self._engine.slots.nbytes
+
+    @property
+    def n_resident(self) -> int:
+        """As `BundleHolder.n_resident`."""
+        return self._engine.n_resident
+
+    def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        """As `WeightSource.hint`; without `async_transfer`, returns when the reads are done."""
+        self._engine.hint(layer, ids)
+        if self._waits_for_hints:
+            self._engine.settle(_HINT_TIMEOUT_S)
+
+    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "ArenaFetch":
+        """As `WeightSource.fetch`."""
+        return ArenaFetch(self._engine, self._base, self._engine.fetch(layer, ids))
+
+    def counts(self) -> FetchCounts:
+        """As `BundleHolder.counts`."""
+        return self._engine.counts()
+
+    def close(self) -> None:
+        """As `BundleHolder.close`."""
+        self._engine.close()
+
+
+class ArenaFetch:
+    """A fetch of the engine."""
+
+    __slots__ = ("_base", "_engine", "_number")
+
+    def __init__(self, engine: Engine, base: "Tensor", number: int) -> None:
+        self._engine, self._base, self._number = engine, base, number
+
+    def wait(self, timeout_s: float) -> HostBundles:
+        """As `Fetch.wait`."""
+        return HostBundles(self._base, self._engine.wait(self._number, timeout_s).astype(np.uint32))
+
+    def release(self) -> None:
+        """As `Fetch.release`."""
+        self._engine.release(self._number)
+
+    def __enter__(self) -> "ArenaFetch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+_NO_SLOTS = np.empty(0, np.uint32)
+
+
+def _as_tensor(bundles: NDArray[np.uint8], profile: ModelProfile) -> "Tensor":
+    """(n, bundle_nbytes) uint8 as (n, 2, hidden) of the store's dtype."""
+    import torch
+
+    shape = (len(bundles), profile.parts_per_bundle, profile.hidden_dimension)
+    return torch.from_numpy(bundles).view(getattr(torch, profile.dtype)).view(shape)

@@ -1,0 +1,122 @@
+"""How the memory that is given is divided: what must be resident, and how many bundles the arena may hold.
+
+allowed = dense weights + codes + widened biases + tables of the engine + buffers + arena
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from sparseflow.core.config import OffloadStrategy
+from sparseflow.core.sizes import format_size, parse_size
+from sparseflow.errors import NotEnoughMemory
+from sparseflow.store.manifest import Manifest
+
+# Of what is free, `auto` leaves a tenth to the KV cache, activations and whoever comes later.
+AUTO_SHARE = 0.9
+
+# With fewer bundles than this share of all in the arena, nothing is found again there.
+LEAST_SHARE = 0.01
+
+# Bytes of bundles that a dense step copies together for its matrix products; two such parts are in the arena at once.
+DENSE_PART_NBYTES = 16 << 20
+
+_SLOT_TABLES_NBYTES = 64  # per slot: state in residency, groups of the eviction
+_BUNDLE_TABLES_NBYTES = 12  # per bundle of the store: its slot, its checksum
+_READ_BUFFERS_NBYTES = 24 << 20  # scrap, cells for spans that are not aligned, rows of reads, threads
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """buffers_nbytes: what the engine takes beside the arena. n_slots: of the arena; None: all bundles are mapped."""
+
+    buffers_nbytes: int
+    n_slots: int | None
+
+
+def plan_memory(store: Path, manifest: Manifest, strategy: OffloadStrategy, memory: str | int) -> MemoryPlan:
+    """Divide `memory`: a size, or `auto` for what is free to this process, limits of containers counted.
+
+    Raises:
+        NotEnoughMemory: less than what must be resident and a hundredth of the bundles.
+    """
+    is_auto = memory == "auto"
+    allowed = int(free_memory() * AUTO_SHARE) if is_auto else parse_size(memory)
+    profile = manifest.profile
+    n_bundles = profile.num_layers * profile.ffn_dimension
+    fixed = manifest.nbytes_under("") - manifest.nbytes_under("neurons/") + _widened_nbytes(manifest)
+    keeps_all = strategy.cpu_cache_ratio == 1 and not strategy.aggressive_offload
+    if keeps_all and fixed + manifest.nbytes_under("neurons/") <= allowed:
+        return MemoryPlan(0, None)
+    wanted = max(2, math.ceil(strategy.cpu_cache_ratio * n_bundles))
+    if strategy.aggressive_offload:
+        wanted = min(wanted, profile.ffn_dimension)
+    buffers = n_bundles * _BUNDLE_TABLES_NBYTES + _READ_BUFFERS_NBYTES + DENSE_PART_NBYTES
+    fixed += buffers
+    slot_nbytes = profile.bundle_nbytes + _SLOT_TABLES_NBYTES
+    n_slots = min(wanted, (allowed - fixed) // slot_nbytes)
+    least = min(wanted, max(2, math.ceil(LEAST_SHARE * n_bundles)))
+    if n_slots < least:
+        what, remedy = ("free are", "free some") if is_auto else ("allowed are", "allow more")
+        raise NotEnoughMemory(
+            f"{store}: {format_size(fixed)} must be resident and {format_size(least * slot_nbytes)} are the least for "
+            f"neurons, {what} {format_size(allowed)}; {remedy}, or use a smaller model"
+        )
+    return MemoryPlan(buffers, n_slots)
+
+
+def require_memory(memory: str | int) -> None:
+    """
+    Raises:
+        BadRequest: neither a size nor `auto`.
+    """
+    if memory != "auto":
+        parse_size(memory)
+
+
+def _widened_nbytes(manifest: Manifest) -> int:
+    """Biases in float32, as the kernels read them."""
+    profile = manifest.profile
+    return 4 * profile.num_layers * (profile.ffn_dimension + profile.hidden_dimension)
+
+
+def free_memory() -> int:
+    """Bytes that this process can take: what the machine has free, or less where a cgroup limits it."""
+    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+
+
+def _cgroup_rooms() -> list[int]:
+    """What each memory cgroup that this process is in leaves; page cache that can be reclaimed counts as free."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), _V1_NAMES
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        while folder.is_relative_to(root):
+            rooms += _room(folder, *names)
+            folder = folder.parent
+    return rooms
+
+
+_V1_NAMES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _room(folder: Path, limit_name: str, usage_name: str, reclaimable_name: str) -> list[int]:
+    try:
+        limit = int((folder / limit_name).read_text(encoding="ascii"))  # "max" is no number: no limit
+        usage = int((folder / usage_name).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return [limit - usage + int(stat.get(reclaimable_name, 0))]
+    except (OSError, ValueError):
+        return []

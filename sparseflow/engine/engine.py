@@ -1,0 +1,244 @@
+"""The engine: residency decides, the loader reads, callers wait. No torch, no thread of its own.
+
+Whoever waits for a fetch collects finished reads meanwhile, for everybody: between two waits nothing has to be done,
+because the kernel (or the reading threads) go on with the reads that were begun.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseflow.engine.arena import Arena
+from sparseflow.engine.counts import FetchCounts, ReadTimes
+from sparseflow.engine.disk_speed import DiskSpeed
+from sparseflow.engine.eviction import Eviction, FirstInFirstOut, LeastRecentlyUsed
+from sparseflow.engine.loader import Loader
+from sparseflow.engine.read_plan import LONGEST_READ_NBYTES
+from sparseflow.engine.reading import Reading, open_reading
+from sparseflow.engine.residency import Acquire, Event, Hint, Load, Ready, Refuse, Release, Residency
+from sparseflow.engine.shard_files import ShardFiles
+from sparseflow.errors import ArenaBusy, BadRequest
+from sparseflow.store.manifest import Manifest
+
+EVICTIONS: dict[str, Callable[[int, int], Eviction]] = {"lru": LeastRecentlyUsed, "fifo": FirstInFirstOut}
+_CLOSE_TIMEOUT_S = 30.0
+
+
+class Engine:
+    """The bundles of one store in an arena smaller than all of them. Safe to use from several threads."""
+
+    def __init__(
+        self, store: Path, manifest: Manifest, n_slots: int, *, eviction: str = "lru", io: str = "auto"
+    ) -> None:
+        """
+        Args:
+            n_slots: bundles that the arena holds.
+            eviction: `lru` or `fifo`.
+            io: `direct`, `buffered`, `map`, or `auto`: direct where the file system and the kernel allow it.
+
+        Raises:
+            DiskError, ShardCorrupt, NotEnoughMemory: as their texts say.
+        """
+        profile = manifest.profile
+        self.profile = profile
+        self._shards = ShardFiles(store, manifest)
+        self._reading: Reading = open_reading(self._shards, io)
+        try:
+            self._arena = Arena(n_slots, profile.bundle_nbytes)
+        except BaseException:
+            self._reading.close()
+            raise
+        reading = self._reading
+        self._loader = Loader(self._shards, self._arena, reading.queue, reading.speed, reading.alignment)
+        self._residency = Residency(
+            profile.num_layers, profile.ffn_dimension, n_slots, EVICTIONS[eviction](profile.num_layers, n_slots)
+        )
+        self._changed = threading.Condition()
+        self._is_collecting = False
+        self._is_closed = False
+        self._n_fetches = 0
+        self._ended: dict[int, NDArray[np.int64] | Exception] = {}
+        self._wait_s = 0.0
+
+    @property
+    def slots(self) -> NDArray[np.uint8]:
+        """(n_slots, bundle_nbytes) uint8: the arena. Read only what a fetch leases."""
+        return self._arena.slots
+
+    @property
+    def io(self) -> str:
+        """How shards are read: `direct`, `buffered` or `map`."""
+        return self._reading.queue.name
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why shards are not read directly, where that was tried."""
+        return self._reading.reasons
+
+    @property
+    def speed(self) -> DiskSpeed:
+        """As measured when the engine was opened."""
+        return self._reading.speed
+
+    @property
+    def read_times(self) -> ReadTimes:
+        """Of one layer, as measured when the engine was opened."""
+        nbytes, longest = self.profile.bundle_nbytes, LONGEST_READ_NBYTES
+        layer_nbytes = nbytes * self.profile.ffn_dimension
+        speed = self._reading.speed
+        return ReadTimes(layer_nbytes / speed.bytes_per_s(longest), layer_nbytes / speed.bytes_per_s(nbytes))
+
+    @property
+    def n_resident(self) -> int:
+        """Bundles in the arena, or on their way to it."""
+        return self._residency.n_resident
+
+    def counts(self) -> FetchCounts:
+        """What has happened so far."""
+        with self._changed:
+            counts, loads = self._residency.counts, self._loader.counts
+            return FetchCounts(
+                *(counts.hits, counts.misses, counts.evictions, counts.hinted),
+                *(loads.reads, loads.bytes_read, self._wait_s),
+            )
+
+    def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        """Start reading bundles that may be asked for; as many as can be under way at once, the others are dropped."""
+        with self._changed:
+            self._require_open()
+            self._collect_now()
+            ids = ids[~self._residency.resident(layer, ids)]
+            ids = ids[: self._loader.reads_of(ids).first[: self._loader.room + 1][-1]] if len(ids) else ids
+            self._handle(Hint(layer, ids))
+
+    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> int:
+        """Ask for bundles; returns at once, with the fetch's number.
+
+        Args:
+            ids: (n,) uint32, ascending, no repeats.
+
+        Raises:
+            ArenaBusy: more than the arena has slots.
+        """
+        if len(ids) > self._residency.n_slots:
+            raise ArenaBusy(
+                f"layer {layer}: {len(ids)} bundles asked for at once, the arena has {self._residency.n_slots} slots; "
+                "ask for them in parts, or give more memory"
+            )
+        with self._changed:
+            self._require_open()
+            self._collect_now()
+            number = self._n_fetches = self._n_fetches + 1
+            self._handle(Acquire(number, layer, ids))
+            return number
+
+    def wait(self, fetch: int, timeout_s: float) -> NDArray[np.int64]:
+        """The arena slots of a fetch's bundles, in the order of its ids, once all are there.
+
+        Raises:
+            TimeoutError: they are not after `timeout_s`.
+            DiskError, ShardCorrupt: they could not be read.
+        """
+        begin = time.monotonic()
+        deadline = begin + timeout_s
+        with self._changed:
+            while fetch not in self._ended:
+                self._require_open()
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError(self._why_late(timeout_s))
+                if self._is_collecting or self._loader.is_idle:
+                    self._changed.wait(left_s)
+                else:
+                    self._collect(left_s)
+            self._wait_s += time.monotonic() - begin
+            result = self._ended[fetch]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def release(self, fetch: int) -> None:
+        """Say that nobody reads a fetch's slots any more. May be called twice."""
+        with self._changed:
+            self._ended.pop(fetch, None)
+            if not self._is_closed:
+                self._handle(Release(fetch))
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until nothing is under way.
+
+        Raises:
+            TimeoutError: something still is.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not self._loader.is_idle:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError(self._why_late(timeout_s))
+                if self._is_collecting:
+                    self._changed.wait(left_s)
+                else:
+                    self._collect(left_s)
+
+    def close(self) -> None:
+        """Wait for what is under way, and give everything back. May be called twice."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._changed.notify_all()
+            deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+            while self._is_collecting and time.monotonic() < deadline:
+                self._changed.wait(0.1)
+        self._loader.close()
+        self._reading.close()
+
+    def _collect(self, timeout_s: float) -> None:
+        """Wait for reads with the lock open, and apply what came."""
+        self._is_collecting = True
+        self._changed.release()
+        try:
+            self._loader.wait(min(timeout_s, 1.0))
+        finally:
+            self._changed.acquire()
+            self._is_collecting = False
+        self._apply_finished()
+        self._changed.notify_all()
+
+    def _collect_now(self) -> None:
+        """Apply what has come by itself, without waiting."""
+        if not self._is_collecting and not self._loader.is_idle:
+            self._loader.wait(0)
+            self._apply_finished()
+
+    def _apply_finished(self) -> None:
+        for event in self._loader.collect():
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
+        for instruction in self._residency.handle(event):
+            match instruction:
+                case Load():
+                    self._loader.begin(instruction)
+                case Ready():
+                    self._ended[instruction.fetch] = instruction.slots
+                case Refuse():
+                    self._ended[instruction.fetch] = instruction.error
+        self._changed.notify_all()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise BadRequest("the store was closed; open it again")
+
+    def _why_late(self, timeout_s: float) -> str:
+        residency = self._residency
+        return (
+            f"bundles did not arrive within {timeout_s:g} s: {residency.n_leased} of {residency.n_slots} slots are "
+            f"leased, reads {'are' if not self._loader.is_idle else 'none'} under way; "
+            "release fetches before asking for more, or check the disk"
+        )

@@ -1,0 +1,259 @@
+"""Who is where: a state machine. Events in, instructions out; no clock, no thread, no file.
+
+    bundle   absent -> loading -> resident -> absent (evicted)
+    slot     free   -> loading -> resident -> free, or straight on to the next bundle
+    fetch    waiting for slots -> waiting for its bundles -> ready -> released
+
+A fetch leases its slots from the moment it has all of them until it is released or fails. A leased slot, and one that
+is being filled, is never given to another bundle. A fetch that cannot have its slots yet holds none, and those behind
+it wait for it: so no two fetches can wait for each other, and none is overtaken for ever.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseflow.engine.eviction import Eviction
+
+ABSENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """A fetch asks for bundles. ids: (n,) uint32, ascending, no repeats, n at most the number of slots."""
+
+    fetch: int
+    layer: int
+    ids: NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Bundles that may be asked for. As many are loaded as there are slots for."""
+
+    layer: int
+    ids: NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A fetch is over, whatever state it is in. One that is not known is over already."""
+
+    fetch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Slots hold their bundles, intact."""
+
+    slots: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Slots could not be filled."""
+
+    slots: NDArray[np.int64]
+    error: Exception
+
+
+Event = Acquire | Hint | Release | Loaded | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read bundles into slots: ids[i] goes to slots[i]. A hint's are not waited for yet."""
+
+    layer: int
+    ids: NDArray[np.uint32]
+    slots: NDArray[np.int64]
+    is_hint: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A fetch has its bundles, in the order of its ids."""
+
+    fetch: int
+    slots: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """A fetch will not get its bundles; it is over."""
+
+    fetch: int
+    error: Exception
+
+
+Instruction = Load | Ready | Refuse
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums since the start."""
+
+    hits: int = 0
+    """Bundles of fetches that were resident, or on their way, when asked for."""
+    misses: int = 0
+    evictions: int = 0
+    hinted: int = 0
+    """Bundles loaded because of a hint."""
+
+
+@dataclass(slots=True)
+class _Lease:
+    layer: int
+    slots: NDArray[np.int64]
+    is_ready: bool
+
+
+class Residency:
+    """The state of one arena."""
+
+    def __init__(self, n_layers: int, ffn_dim: int, n_slots: int, eviction: Eviction) -> None:
+        self.n_slots = n_slots
+        self.counts = Counts()
+        self._eviction = eviction
+        self._slot_of = np.full((n_layers, ffn_dim), ABSENT, np.int32)
+        self._layer_in = np.full(n_slots, ABSENT, np.int32)
+        self._id_in = np.zeros(n_slots, np.int32)
+        self._is_loading = np.zeros(n_slots, bool)
+        self._n_leases = np.zeros(n_slots, np.int32)
+        self._free = np.arange(n_slots)[::-1].copy()  # a stack: the first n_free entries
+        self._n_free = n_slots
+        self._leases: dict[int, _Lease] = {}
+        self._waiting: deque[Acquire] = deque()
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """Apply one event. The only way this state ever changes."""
+        match event:
+            case Acquire():
+                self._waiting.append(event)
+                return self._grant()
+            case Hint():
+                return self._on_hint(event)
+            case Release():
+                return self._on_release(event)
+            case Loaded():
+                return self._on_loaded(event)
+            case Failed():
+                return self._on_failed(event)
+        raise TypeError(f"unknown event {event!r}")
+
+    def resident(self, layer: int, ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        """Which bundles have a slot, filled or being filled. (n,) bool."""
+        return np.asarray(self._slot_of[layer, ids] != ABSENT)
+
+    @property
+    def n_resident(self) -> int:
+        """Bundles that have a slot."""
+        return self.n_slots - self._n_free
+
+    @property
+    def n_leased(self) -> int:
+        """Slots under a lease."""
+        return int(np.count_nonzero(self._n_leases))
+
+    def _grant(self) -> list[Instruction]:
+        """Serve fetches in the order in which they came, until one cannot have its slots yet."""
+        instructions: list[Instruction] = []
+        while self._waiting:
+            fetch = self._waiting[0]
+            slots = self._slot_of[fetch.layer, fetch.ids].astype(np.int64)
+            is_missing = slots == ABSENT
+            n_missing = int(np.count_nonzero(is_missing))
+            hits = slots[~is_missing]
+            self._n_leases[hits] += 1
+            if n_missing > self._n_free and n_missing > self._n_free + self._n_evictable():
+                self._n_leases[hits] -= 1
+                break
+            self._waiting.popleft()
+            self._eviction.used(fetch.layer, hits)
+            if n_missing:
+                missing = fetch.ids[is_missing]
+                slots[is_missing] = self._place(fetch.layer, missing)
+                self._n_leases[slots[is_missing]] += 1
+                instructions.append(Load(fetch.layer, missing, slots[is_missing], is_hint=False))
+            self.counts.hits += len(hits)
+            self.counts.misses += n_missing
+            is_ready = not self._is_loading[slots].any()
+            self._leases[fetch.fetch] = _Lease(fetch.layer, slots, is_ready)
+            if is_ready:
+                instructions.append(Ready(fetch.fetch, slots))
+        return instructions
+
+    def _on_hint(self, hint: Hint) -> list[Instruction]:
+        missing = hint.ids[~self.resident(hint.layer, hint.ids)]
+        if self._waiting or not len(missing):  # a fetch that lacks slots comes first
+            return []
+        room = self._n_free if len(missing) <= self._n_free else self._n_free + self._n_evictable()
+        missing = missing[:room]
+        if not len(missing):
+            return []
+        self.counts.hinted += len(missing)
+        return [Load(hint.layer, missing, self._place(hint.layer, missing), is_hint=True)]
+
+    def _on_release(self, event: Release) -> list[Instruction]:
+        lease = self._leases.pop(event.fetch, None)
+        if lease is None:
+            self._waiting = deque(fetch for fetch in self._waiting if fetch.fetch != event.fetch)
+        else:
+            self._n_leases[lease.slots] -= 1
+        return self._grant()
+
+    def _on_loaded(self, event: Loaded) -> list[Instruction]:
+        self._is_loading[event.slots] = False
+        ready: list[Instruction] = []
+        for fetch, lease in self._leases.items():
+            if not lease.is_ready and not self._is_loading[lease.slots].any():
+                lease.is_ready = True
+                ready.append(Ready(fetch, lease.slots))
+        return ready + self._grant()
+
+    def _on_failed(self, event: Failed) -> list[Instruction]:
+        has_failed = np.zeros(self.n_slots, bool)
+        has_failed[event.slots] = True
+        hurt = [fetch for fetch, lease in self._leases.items() if has_failed[lease.slots].any()]
+        for fetch in hurt:
+            self._n_leases[self._leases.pop(fetch).slots] -= 1
+        self._is_loading[event.slots] = False
+        self._slot_of[self._layer_in[event.slots], self._id_in[event.slots]] = ABSENT
+        self._layer_in[event.slots] = ABSENT
+        self._eviction.freed(event.slots)
+        self._push_free(event.slots)
+        return [*(Refuse(fetch, event.error) for fetch in hurt), *self._grant()]
+
+    def _place(self, layer: int, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Give absent bundles a slot each, evicting where none is free. The slots count as loading from now on."""
+        n_short = len(ids) - self._n_free
+        if n_short > 0:
+            self._evict(n_short)
+        self._n_free -= len(ids)
+        slots = self._free[self._n_free : self._n_free + len(ids)][::-1].copy()
+        self._slot_of[layer, ids] = slots
+        self._layer_in[slots] = layer
+        self._id_in[slots] = ids
+        self._is_loading[slots] = True
+        self._eviction.filled(layer, slots)
+        return slots
+
+    def _evict(self, n: int) -> None:
+        victims = self._eviction.victims(n, self._may_go())
+        assert len(victims) == n, f"{len(victims)} of {n} slots could be evicted"
+        self._slot_of[self._layer_in[victims], self._id_in[victims]] = ABSENT
+        self._layer_in[victims] = ABSENT
+        self._push_free(victims)
+        self.counts.evictions += n
+
+    def _push_free(self, slots: NDArray[np.int64]) -> None:
+        self._free[self._n_free : self._n_free + len(slots)] = slots
+        self._n_free += len(slots)
+
+    def _may_go(self) -> NDArray[np.bool_]:
+        return np.asarray((self._n_leases == 0) & ~self._is_loading & (self._layer_in != ABSENT))
+
+    def _n_evictable(self) -> int:
+        return int(np.count_nonzero(self._may_go()))
