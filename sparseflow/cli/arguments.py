@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from sparseflow.core.config import OffloadStrategy
+from sparseflow.engine.reading import IO_MODES
 from sparseflow.store.profile import DTYPE_NBYTES
 
 
@@ -34,14 +35,26 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     default = OffloadStrategy()
     add_dtype(parser)
     parser.add_argument(
-        "--memory", default="auto", help="the most that weights may take, such as 6GiB; auto: what is free"
+        "--memory",
+        default="auto",
+        help="the most that weights, arena and buffers may take, such as 6GiB; auto: nine tenths of what is free. "
+        "What does not fit stays on disk and is read as it is needed",
+    )
+    parser.add_argument(
+        "--io", default="auto", help=f"how it is read: {', '.join(IO_MODES)}; auto: direct where that is possible"
     )
     parser.add_argument("--fidelity", default="exact", help="exact, certified or dense")
     parser.add_argument(
         "--cpu-cache-ratio",
         type=float,
         default=default.cpu_cache_ratio,
-        help="share of all bundles kept in host memory",
+        help="at most this share of all bundles is kept in host memory",
+    )
+    parser.add_argument(
+        "--aggressive-offload", action="store_true", help="keep one layer's share in memory, for all layers in turn"
+    )
+    parser.add_argument(
+        "--eviction", choices=("lru", "fifo"), default="lru" if default.use_lru_eviction else "fifo", help="of bundles"
     )
     parser.add_argument(
         "--activation-threshold",
@@ -55,5 +68,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def strategy_of(arguments: argparse.Namespace) -> OffloadStrategy:
     """The strategy that the arguments of `add_model` describe."""
     return OffloadStrategy(
-        cpu_cache_ratio=arguments.cpu_cache_ratio, activation_threshold=arguments.activation_threshold
+        cpu_cache_ratio=arguments.cpu_cache_ratio,
+        aggressive_offload=arguments.aggressive_offload,
+        activation_threshold=arguments.activation_threshold,
+        use_lru_eviction=arguments.eviction == "lru",
     )

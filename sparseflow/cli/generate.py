@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         arguments.store,
         strategy=strategy,
         memory=arguments.memory,
+        io=arguments.io,
         fidelity=arguments.fidelity,
         dtype=arguments.dtype,
         quiet=False,

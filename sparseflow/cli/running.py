@@ -82,7 +82,7 @@ def generate(
 
 def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[str, Any]:
     """The result of a run, under the names that every command uses; SI units, None for what this version has not."""
-    counts = model.stats.decode
+    counts, fetches = model.stats.decode, model.stats.fetches
     memory = process_memory()
     touched = model.bytes_touched_per_token()
     return {
@@ -96,12 +96,12 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
         "active_share": counts.active_share,
         "candidate_share": counts.candidate_share,
         "dense_layer_share": counts.dense_layer_share,
-        "hit_rate": None,
-        "evictions": None,
-        "bytes_from_disk": None,
+        "hit_rate": counts.fetches.hit_rate if counts.fetches else None,
+        "evictions": fetches.evictions if fetches else None,
+        "bytes_from_disk": fetches.bytes_from_disk if fetches else None,
         "bytes_to_device": None,
         "bytes_touched_per_token": touched,
-        "limit_tokens_per_s": read_bandwidth() / touched if touched else None,
+        "limit_tokens_per_s": _limit_tokens_per_s(model, touched),
         "messages_per_token": None,
         "recall": model.stats.recall,
         "recall_samples": model.stats.recall_samples or None,
@@ -113,3 +113,13 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
             "device": None,
         },
     }
+
+
+def _limit_tokens_per_s(model: SparseOPTForCausalLM, bytes_touched: int) -> float | None:
+    """What memory, or the disk if that is slower, would allow at full speed."""
+    limits = [read_bandwidth() / bytes_touched] if bytes_touched else []
+    disk_bytes_per_s, fetches = model.source.status().disk_bytes_per_s, model.stats.decode.fetches
+    n_tokens = model.stats.decode.layer_steps / model.source.profile.num_layers
+    if disk_bytes_per_s and fetches and fetches.bytes_from_disk:
+        limits.append(disk_bytes_per_s / (fetches.bytes_from_disk / n_tokens))
+    return min(limits, default=None)

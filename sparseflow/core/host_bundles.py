@@ -25,6 +25,7 @@ class BundleHolder(Protocol):
     """What `DiskWeightStore` needs of either."""
 
     io: str
+    disk_bytes_per_s: float | None
     reasons: tuple[str, ...]
     fetch_limit: int
     read_times: ReadTimes
@@ -59,6 +60,7 @@ class MappedBundles:
     """Every bundle mapped, in the slot of its own id."""
 
     io = "map"
+    disk_bytes_per_s: float | None = None
     reasons: tuple[str, ...] = ()
     read_times = ReadTimes(0.0, 0.0)
     private_nbytes = 0
@@ -125,6 +127,7 @@ class ArenaBundles:
         self._waits_for_hints = not strategy.async_transfer
         self._base = _as_tensor(self._engine.slots, profile)
         self.io, self.reasons = self._engine.io, self._engine.reasons
+        self.disk_bytes_per_s: float | None = self._engine.speed.bytes_per_s(profile.bundle_nbytes)
         self.fetch_limit = max(1, min(profile.ffn_dimension, n_slots // 2))
         self.read_times = self._engine.read_times
         self.private_nbytes = fixed_nbytes + self._engine.slots.nbytes

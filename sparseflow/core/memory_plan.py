@@ -25,7 +25,7 @@ DENSE_PART_NBYTES = 16 << 20
 
 _SLOT_TABLES_NBYTES = 64  # per slot: state in residency, groups of the eviction
 _BUNDLE_TABLES_NBYTES = 12  # per bundle of the store: its slot, its checksum
-_READ_BUFFERS_NBYTES = 24 << 20  # scrap, cells for spans that are not aligned, rows of reads, threads
+_READ_BUFFERS_NBYTES = 8 << 20  # scrap, cells for spans that are not aligned, rows of reads, threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ def plan_memory(store: Path, manifest: Manifest, strategy: OffloadStrategy, memo
     wanted = max(2, math.ceil(strategy.cpu_cache_ratio * n_bundles))
     if strategy.aggressive_offload:
         wanted = min(wanted, profile.ffn_dimension)
-    buffers = n_bundles * _BUNDLE_TABLES_NBYTES + _READ_BUFFERS_NBYTES + DENSE_PART_NBYTES
+    dense_part = min(DENSE_PART_NBYTES, profile.ffn_dimension * profile.bundle_nbytes)
+    buffers = n_bundles * _BUNDLE_TABLES_NBYTES + _READ_BUFFERS_NBYTES + dense_part
     fixed += buffers
     slot_nbytes = profile.bundle_nbytes + _SLOT_TABLES_NBYTES
     n_slots = min(wanted, (allowed - fixed) // slot_nbytes)

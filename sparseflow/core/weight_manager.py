@@ -208,6 +208,7 @@ class DiskWeightStore:
             holder.n_resident,
             {"shared": shared, "private": holder.private_nbytes},
             holder.io,
+            holder.disk_bytes_per_s,
             holder.reasons,
             holder.counts(),
         )

@@ -63,6 +63,8 @@ class SourceStatus:
     memory: Mapping[str, int]
     io: str = "map"
     """How bundles come from disk: `direct`, `buffered` or `map`."""
+    disk_bytes_per_s: float | None = None
+    """Of reads of one bundle each from random places, as measured at opening; None where all are resident."""
     reasons: tuple[str, ...] = ()
     """Why something is not as asked for or as fast as it could be."""
     counts: FetchCounts | None = None

@@ -8,16 +8,20 @@ from typing import NamedTuple
 class FetchCounts:
     """Sums since the store was opened."""
 
-    hits: int
+    hits: int = 0
     """Bundles that were in host memory, or on their way there, when asked for."""
-    misses: int
-    evictions: int
-    hinted: int
+    misses: int = 0
+    evictions: int = 0
+    hinted: int = 0
     """Bundles read because of a hint."""
-    reads: int
-    bytes_from_disk: int
-    wait_s: float
+    reads: int = 0
+    bytes_from_disk: int = 0
+    wait_s: float = 0.0
     """Time for which fetches were waited for."""
+
+    def __add__(self, other: "FetchCounts") -> "FetchCounts":
+        """Both together."""
+        return FetchCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __sub__(self, earlier: "FetchCounts") -> "FetchCounts":
         """What was counted since `earlier`."""

@@ -17,6 +17,7 @@ from sparseflow.errors import DiskError, ShardCorrupt, SparseFlowError
 
 _PAGE = 4096
 _LONGEST_SPAN_NBYTES = 64 << 10  # of reads that go through a cell
+_MOST_CELLS = 64
 _REMEDY = "remove the store and convert the model again"
 
 
@@ -58,6 +59,8 @@ class Loader:
         self._longest_nbytes = read_plan.LONGEST_READ_NBYTES if self._is_straight else _LONGEST_SPAN_NBYTES
         self._gap_nbytes = min(speed.gap_nbytes, self._longest_nbytes)
         self._scrap = _page_aligned(1, self._gap_nbytes)[0]
+        if not self._is_straight:
+            self._depth = min(self._depth, _MOST_CELLS)
         span = 0 if self._is_straight else max(self._longest_nbytes, shards.bundle_nbytes) + 2 * _PAGE
         self._cells = _page_aligned(self._depth, span)
         self._free_cells = list(range(self._depth))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from sparseflow.engine.counts import FetchCounts
+
 
 @dataclass
 class StepCounts:
@@ -23,6 +25,8 @@ class StepCounts:
     """Truly active neurons in audited layer steps."""
     missed: int = 0
     """Those that were not computed."""
+    fetches: FetchCounts | None = None
+    """What reading them cost; None where all bundles are resident."""
 
     @property
     def candidate_share(self) -> float | None:
@@ -51,6 +55,13 @@ class RunStats:
 
     prefill: StepCounts = field(default_factory=StepCounts)
     decode: StepCounts = field(default_factory=StepCounts)
+
+    @property
+    def fetches(self) -> FetchCounts | None:
+        """What reading bundles cost in both phases; None where all are resident."""
+        if self.prefill.fetches is None or self.decode.fetches is None:
+            return self.prefill.fetches or self.decode.fetches
+        return self.prefill.fetches + self.decode.fetches
 
     @property
     def recall_samples(self) -> int:

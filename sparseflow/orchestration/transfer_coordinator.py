@@ -16,6 +16,7 @@ from torch import Tensor
 from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.memory_plan import DENSE_PART_NBYTES
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles, WeightSource
+from sparseflow.engine.counts import FetchCounts
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
 from sparseflow.kernels.sparse_mlp import sparse_mlp
@@ -104,6 +105,7 @@ class TransferCoordinator:
         self.lookahead: Lookahead = "before" if source.read_times.layer_s else "off"
         """Where hints come from."""
         self._norms = norms
+        self._counted = source.status().counts or FetchCounts()
         self._biases = biases
         fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
         self._wide_biases = list(zip(fc1_biases(source), fc2, strict=True))
@@ -225,6 +227,9 @@ class TransferCoordinator:
         counts.halves_read += 2 * n_neurons if ids is None else len(ids) + min(n_active, len(ids))
         counts.pairs += len(x) * n_neurons
         counts.active_pairs += n_active
+        if (fetches := self.source.status().counts) is not None:
+            counts.fetches = (counts.fetches or FetchCounts()) + fetches - self._counted
+            self._counted = fetches
         self._n_layer_steps += 2 if layer == 0 else 1  # so that no multiple of the layers audits one layer alone
         if self.audit_every and self._n_layer_steps % self.audit_every == 0:
             active = active_neurons(self.source, layer, x, self._wide_biases[layer][0])

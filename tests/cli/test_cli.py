@@ -124,7 +124,7 @@ def test_verify_names_every_damaged_file(checkpoint: Path, tmp_path: Path, capsy
     ("arguments", "code", "message"),
     [
         (["--cpu-cache-ratio", "1.5"], 2, "cpu_cache_ratio=1.5"),
-        (["--cpu-cache-ratio", "0.5"], 2, r"use cpu_cache_ratio=1\.0"),
+        (["--io", "tape"], 2, "io='tape': .*auto, direct, buffered, map"),
         (["--dtype", "int8"], 2, "dtype 'int8'.*float16, bfloat16, float32"),
         (["--fidelity", "perfect"], 2, "'perfect'.*exact"),
         (["--memory", "lots"], 2, "memory 'lots'.*6GiB"),

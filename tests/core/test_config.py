@@ -14,7 +14,6 @@ from sparseflow.core.config import (
     dtype_name,
     profile_of,
     require_relu_opt,
-    require_resident,
     require_same_network,
     require_sizes,
     same_sizes,
@@ -165,16 +164,6 @@ def test_checkpoint_of_another_dtype_is_refused() -> None:
 
 
 # --- what this version and this store can serve
-
-
-def test_strategy_that_keeps_all_bundles_in_host_memory_is_accepted() -> None:
-    require_resident(OffloadStrategy(gpu_cache_ratio=0.1, cpu_cache_ratio=1.0))
-
-
-@pytest.mark.parametrize("changes", [{"cpu_cache_ratio": 0.99}, {"aggressive_offload": True}])
-def test_strategy_that_keeps_less_is_refused_with_the_remedy(changes: dict[str, object]) -> None:
-    with pytest.raises(BadRequest, match=r"use cpu_cache_ratio=1\.0 and aggressive_offload=False"):
-        require_resident(OffloadStrategy(**changes))
 
 
 SIZES = (

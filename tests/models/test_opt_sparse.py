@@ -13,8 +13,9 @@ from pairs import make_pair
 
 from sparseflow import DiskWeightStore, SparseFlowConfig, SparseOPTForCausalLM
 from sparseflow.core.weight_source import HostBundles
+from sparseflow.engine.counts import ReadTimes
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
-from sparseflow.orchestration.density import FixedCrossover, MeasuredCrossover
+from sparseflow.orchestration.density import FixedCrossover, MeasuredCrossover, Trial
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_sparse_and_dense_prompts_agree(family_checkpoint: Any) -> None:
 
 def test_the_crossover_is_measured_for_prompts_and_never_for_one_token() -> None:
     asked: list[int] = []
-    crossover = MeasuredCrossover(asked.append, asked.append, asked.append)
+    crossover = MeasuredCrossover(asked.append, Trial(asked.append, 1.0), Trial(asked.append, 0.5), ReadTimes(0, 0))
     assert crossover.density(1) == 1
     assert asked == []
     assert 0 <= crossover.density(100) <= 1
@@ -162,13 +163,20 @@ def test_the_crossover_is_measured_for_prompts_and_never_for_one_token() -> None
 
 
 @pytest.mark.parametrize(
-    ("choose_ms", "compute_ms", "dense_ms", "density"), [(10, 10, 50, 0.5), (0, 5, 80, 1.0), (60, 5, 30, 0.0)]
+    ("choose_ms", "sparse_ms", "dense_ms", "reading", "density"),
+    [
+        (10, 10, 50, ReadTimes(0, 0), 0.5),
+        (0, 5, 80, ReadTimes(0, 0), 1.0),
+        (60, 5, 30, ReadTimes(0, 0), 0.0),
+        (10, 10, 50, ReadTimes(0.04, 0.12), 0.4),  # (50 + 40 - 10) / (80 + 120)
+    ],
 )
 def test_the_measured_crossover_is_where_both_cost_the_same(
-    choose_ms: float, compute_ms: float, dense_ms: float, density: float
+    choose_ms: float, sparse_ms: float, dense_ms: float, reading: ReadTimes, density: float
 ) -> None:
-    runs = [lambda _n, ms=ms: time.sleep(ms / 1000) for ms in (choose_ms, compute_ms, dense_ms)]
-    assert MeasuredCrossover(*runs).density(4) == pytest.approx(density, abs=0.15)
+    choose, sparse, dense = (lambda _n, ms=ms: time.sleep(ms / 1000) for ms in (choose_ms, sparse_ms, dense_ms / 2))
+    crossover = MeasuredCrossover(choose, Trial(sparse, 1 / 8), Trial(dense, 1 / 2), reading)
+    assert crossover.density(4) == pytest.approx(density, abs=0.15)
 
 
 def test_two_threads_generate_at_once(family_checkpoint: Any) -> None:
