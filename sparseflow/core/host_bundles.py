@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparseflow.core.config import OffloadStrategy
-from sparseflow.core.weight_source import Fetch, HostBundles
+from sparseflow.core.weight_source import Early, Fetch, HostBundles
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.engine.engine import Engine
 from sparseflow.engine.resident import ResidentShards
@@ -98,6 +98,10 @@ class MappedFetch:
     def __init__(self, bundles: HostBundles) -> None:
         self._bundles = bundles
 
+    def early(self) -> Early:
+        """All."""
+        return Early(self._bundles, np.arange(len(self._bundles.slots)))
+
     def wait(self, timeout_s: float) -> HostBundles:
         """As `Fetch.wait`."""
         return self._bundles
@@ -163,6 +167,11 @@ class ArenaFetch:
 
     def __init__(self, engine: Engine, base: "Tensor", number: int) -> None:
         self._engine, self._base, self._number = engine, base, number
+
+    def early(self) -> Early:
+        """As `Fetch.early`."""
+        positions, slots = self._engine.early(self._number)
+        return Early(HostBundles(self._base, slots.astype(np.uint32)), positions)
 
     def wait(self, timeout_s: float) -> HostBundles:
         """As `Fetch.wait`."""

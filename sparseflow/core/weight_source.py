@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,19 @@ class HostBundles:
     slots: NDArray[np.uint32]
 
 
+class Early(NamedTuple):
+    """What of a fetch is in host memory already, while the rest is read. positions: (n,) int64, among the ids."""
+
+    bundles: HostBundles
+    positions: NDArray[np.int64]
+
+
 class Fetch(Protocol):
     """Bundles on their way. `with fetch:` releases it at the end."""
+
+    def early(self) -> Early:
+        """What can be computed before `wait`. Returns at once."""
+        ...
 
     def wait(self, timeout_s: float) -> HostBundles:
         """The bundles, once all have arrived.

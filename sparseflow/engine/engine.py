@@ -136,6 +136,11 @@ class Engine:
             self._handle(Acquire(number, layer, ids))
             return number
 
+    def early(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of a fetch's ids are in the arena already: their positions, and their slots. Returns at once."""
+        with self._changed:
+            return self._residency.arrived(fetch)
+
     def wait(self, fetch: int, timeout_s: float) -> NDArray[np.int64]:
         """The arena slots of a fetch's bundles, in the order of its ids, once all are there.
 

@@ -66,7 +66,10 @@ class Finished(NamedTuple):
 
 
 class ReadQueue(Protocol):
-    """Where reads are started and collected. Memory and rows must stay where they are until a read has ended."""
+    """Where reads are started and collected. Memory and rows must stay where they are until a read has ended.
+
+    Tokens are the caller's, and not 0.
+    """
 
     name: str
     """`direct`, `buffered` or `map`, as status shows it."""
@@ -122,6 +125,9 @@ class AioQueue:
 
     def wait(self, least: int, timeout_s: float) -> Finished:
         """As `ReadQueue.wait`."""
+        left_over = self._take_events()  # what came when a signal (Ctrl-C) interrupted the wait before this one
+        if len(left_over.tokens):
+            return left_over
         whole = int(timeout_s)
         limit = (ctypes.c_long * 2)(whole, int((timeout_s - whole) * 1e9))
         events = ctypes.c_void_p(self._events.ctypes.data)
@@ -131,7 +137,12 @@ class AioQueue:
         )
         if n < 0 and ctypes.get_errno() != errno.EINTR:
             raise DiskError(f"Linux AIO: cannot collect reads ({os.strerror(ctypes.get_errno())})")
-        ended = self._events[: max(n, 0)]
+        return self._take_events()
+
+    def _take_events(self) -> Finished:
+        """What lies in the buffer that the kernel fills. No token is 0."""
+        ended = self._events[self._events["token"] != 0]
+        self._events["token"] = 0
         return Finished(ended["token"].copy(), ended["result"].copy())
 
     def close(self) -> None:
@@ -155,6 +166,7 @@ class ThreadQueue:
         self._perform = perform
         self._begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self._taken: list[tuple[int, int]] = []  # kept when a signal interrupts a wait
         self._threads = [threading.Thread(target=self._work, name=f"read-{n}", daemon=True) for n in range(n_threads)]
         for thread in self._threads:
             thread.start()
@@ -172,12 +184,12 @@ class ThreadQueue:
     def wait(self, least: int, timeout_s: float) -> Finished:
         """As `ReadQueue.wait`."""
         deadline = time.monotonic() + timeout_s
-        ended: list[tuple[int, int]] = []
         with contextlib.suppress(queue.Empty):
-            while len(ended) < least:
-                ended.append(self._ended.get(timeout=max(0.0, deadline - time.monotonic())))
+            while len(self._taken) < least:
+                self._taken.append(self._ended.get(timeout=max(0.0, deadline - time.monotonic())))
             while True:
-                ended.append(self._ended.get_nowait())
+                self._taken.append(self._ended.get_nowait())
+        ended, self._taken = self._taken, []
         tokens, results = zip(*ended, strict=True) if ended else ((), ())
         return Finished(np.array(tokens, np.uint64), np.array(results, np.int64))
 

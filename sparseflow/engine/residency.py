@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sparseflow.engine.eviction import Eviction
 
 ABSENT = -1
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,14 @@ class Residency:
     def resident(self, layer: int, ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which bundles have a slot, filled or being filled. (n,) bool."""
         return np.asarray(self._slot_of[layer, ids] != ABSENT)
+
+    def arrived(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of the slots that a fetch leases, those that are filled: positions among its ids, and slots."""
+        lease = self._leases.get(fetch)
+        if lease is None:
+            return _NONE, _NONE
+        positions = np.flatnonzero(~self._is_loading[lease.slots])
+        return positions, lease.slots[positions]
 
     @property
     def n_resident(self) -> int:

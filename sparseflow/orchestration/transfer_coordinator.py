@@ -108,6 +108,7 @@ class TransferCoordinator:
         self._counted = source.status().counts or FetchCounts()
         self._biases = biases
         fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
+        self._no_bias = torch.zeros(profile.hidden_dimension)
         self._wide_biases = list(zip(fc1_biases(source), fc2, strict=True))
 
     def hint(self, layer: int, hidden: Tensor) -> None:
@@ -162,19 +163,32 @@ class TransferCoordinator:
     def _sparse(self, layer: int, ids: NDArray[np.uint32], x: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
         """The chosen neurons, in as many parts as their bundles need."""
         fc1_bias, fc2_bias = self._wide_biases[layer]
+        total, n_active = fc2_bias.repeat(len(x), 1), 0
+
+        def add(bundles: HostBundles, computed: NDArray[np.uint32]) -> None:
+            nonlocal n_active
+            y, active = sparse_mlp(bundles.base, bundles.slots, computed, fc1_bias, self._no_bias, x)
+            total.add_(y)
+            n_active += active
+
         parts = _parts(ids, self.source.fetch_limit)
-        total, n_active = torch.zeros_like(x), 0
         for n, part in enumerate(parts):
             with self.source.fetch(layer, part) as fetch:
                 if n + 1 < len(parts):
                     self.source.hint(layer, parts[n + 1])
-                elif self.lookahead == "before":
+                elif self._looks_ahead():
                     self._look_ahead(layer + 1, hidden)
-                bundles = fetch.wait(FETCH_TIMEOUT_S)
-                y, active = sparse_mlp(bundles.base, bundles.slots, part, fc1_bias, fc2_bias, x)
-            total = y if n == 0 else total.add_(y).sub_(fc2_bias)
-            n_active += active
+                early, positions = fetch.early()
+                if len(positions):
+                    add(early, part[positions])
+                if len(positions) < len(part):
+                    bundles = fetch.wait(FETCH_TIMEOUT_S)
+                    late = np.delete(np.arange(len(part)), positions)
+                    add(HostBundles(bundles.base, bundles.slots[late]), part[late])
         return total, n_active
+
+    def _looks_ahead(self) -> bool:
+        return self.lookahead == "before"
 
     def _dense(self, layer: int, x: Tensor) -> tuple[Tensor, int]:
         """All neurons, streamed in parts where not all are in memory: one is computed while the next is read."""
