@@ -73,7 +73,7 @@ def load_sparse(store: Path, memory: str, dtype: str | None, scratch: Path, opti
         io=options.get("io", "auto"),
         fidelity=options.get("fidelity", "exact"),
     )
-    model.coordinator.lookahead = options.get("lookahead", model.coordinator.lookahead)
+    model.coordinator.lookahead.mode = options.get("lookahead", model.coordinator.lookahead.mode)
     return model
 
 

@@ -4,9 +4,10 @@ On a CPU bundles are computed where they lie in host memory, so nothing moves. `
 whose bundles need a slot on a device.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles, WeightSo
 from sparseflow.engine.counts import FetchCounts
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
-from sparseflow.kernels.sparse_mlp import sparse_mlp
+from sparseflow.kernels.sparse_mlp import SparseMLPOutput, sparse_mlp
 from sparseflow.orchestration.density import Crossover, MeasuredCrossover, Trial
+from sparseflow.orchestration.lookahead import Lookahead
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor, active_neurons, fc1_biases
 from sparseflow.orchestration.stats import RunStats, StepCounts
 
@@ -29,9 +31,6 @@ _TOKENS_AT_ONCE = 8
 
 # The sparse path is timed on every _SAMPLE_STEP-th neuron, as far as they can be fetched at once.
 _SAMPLE_STEP = 8
-
-Lookahead = Literal["off", "input", "before"]
-"""From what it is foreseen what a layer needs: nothing; what enters the layer; what enters the MLP before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +101,9 @@ class TransferCoordinator:
         self._n_layer_steps = 0
         self.audit_every = 0
         """Compare every Nth layer step with the true active set; 0: never. An audit reads the whole layer."""
-        self.lookahead: Lookahead = "before" if source.read_times.layer_s else "off"
-        """Where hints come from."""
+        self.lookahead = Lookahead(source.read_times, profile.ffn_dimension)
         self._norms = norms
+        self._scoring_s = 0.0
         self._counted = source.status().counts or FetchCounts()
         self._biases = biases
         fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
@@ -116,7 +115,7 @@ class TransferCoordinator:
 
         hidden: (n_tokens, hidden), the residual stream.
         """
-        if self.lookahead == "input":
+        if self.lookahead.from_input:
             self._look_ahead(layer, hidden)
 
     @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep
@@ -135,10 +134,22 @@ class TransferCoordinator:
         wide = x.float().contiguous()
         ids = self._choose(layer, wide)
         y, n_active = self._dense(layer, x) if ids is None else self._sparse(layer, ids, wide, hidden)
+        fetches = self._fetches_since_last_step()
+        if fetches is not None and len(x) <= _TOKENS_AT_ONCE:
+            self.lookahead.note(self._scoring_s, fetches.misses + fetches.hinted)
         if self.profiling:
             counts = self.stats.decode if decoding else self.stats.prefill
             self._count(counts, layer, wide, ids, n_active)
+            if fetches is not None:
+                counts.fetches = (counts.fetches or FetchCounts()) + fetches
         return y.to(x.dtype)
+
+    def _fetches_since_last_step(self) -> FetchCounts | None:
+        counted = self.source.status().counts
+        if counted is None:
+            return None
+        since, self._counted = counted - self._counted, counted
+        return since
 
     def _choose(self, layer: int, x: Tensor) -> NDArray[np.uint32] | None:
         """Neurons to compute, or None for all: there is no predictor, or dense is cheaper."""
@@ -150,7 +161,9 @@ class TransferCoordinator:
     def _union(self, predictor: NeuronPredictor, layer: int, x: Tensor, limit: float) -> NDArray[np.uint32] | None:
         """Neurons that any of these tokens needs; None as soon as they are more than `limit`."""
         if len(x) <= _TOKENS_AT_ONCE:
+            begin = time.perf_counter()
             ids = predictor.select(layer, x)
+            self._scoring_s = time.perf_counter() - begin
             return ids if len(ids) <= limit else None
         chosen = np.zeros(len(self._everything), bool)
         n_parts = -(-len(x) // _TOKENS_AT_ONCE)
@@ -163,32 +176,29 @@ class TransferCoordinator:
     def _sparse(self, layer: int, ids: NDArray[np.uint32], x: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
         """The chosen neurons, in as many parts as their bundles need."""
         fc1_bias, fc2_bias = self._wide_biases[layer]
-        total, n_active = fc2_bias.repeat(len(x), 1), 0
+        sums: list[SparseMLPOutput] = []
 
         def add(bundles: HostBundles, computed: NDArray[np.uint32]) -> None:
-            nonlocal n_active
-            y, active = sparse_mlp(bundles.base, bundles.slots, computed, fc1_bias, self._no_bias, x)
-            total.add_(y)
-            n_active += active
+            bias = self._no_bias if sums else fc2_bias
+            sums.append(sparse_mlp(bundles.base, bundles.slots, computed, fc1_bias, bias, x))
 
         parts = _parts(ids, self.source.fetch_limit)
         for n, part in enumerate(parts):
             with self.source.fetch(layer, part) as fetch:
                 if n + 1 < len(parts):
                     self.source.hint(layer, parts[n + 1])
-                elif self._looks_ahead():
+                elif self.lookahead.from_before:
                     self._look_ahead(layer + 1, hidden)
                 early, positions = fetch.early()
-                if len(positions):
-                    add(early, part[positions])
+                add(early, part[positions])
                 if len(positions) < len(part):
                     bundles = fetch.wait(FETCH_TIMEOUT_S)
                     late = np.delete(np.arange(len(part)), positions)
                     add(HostBundles(bundles.base, bundles.slots[late]), part[late])
-        return total, n_active
-
-    def _looks_ahead(self) -> bool:
-        return self.lookahead == "before"
+        y, *others = (each.y for each in sums)
+        for other in others:
+            y += other
+        return y, sum(each.n_active for each in sums)
 
     def _dense(self, layer: int, x: Tensor) -> tuple[Tensor, int]:
         """All neurons, streamed in parts where not all are in memory: one is computed while the next is read."""
@@ -198,7 +208,7 @@ class TransferCoordinator:
         for n, part in enumerate(parts):
             with self.source.fetch(layer, part) as fetch:
                 next_layer = layer + (n + 1 == len(parts))
-                if self.lookahead != "off" and next_layer < self.source.profile.num_layers:
+                if self.lookahead.mode != "off" and next_layer < self.source.profile.num_layers:
                     self.source.hint(next_layer, following[n])
                 bundles = fetch.wait(FETCH_TIMEOUT_S)
                 y, active = self._dense_part_of(layer, part, bundles, x, is_first=n == 0)
@@ -241,9 +251,6 @@ class TransferCoordinator:
         counts.halves_read += 2 * n_neurons if ids is None else len(ids) + min(n_active, len(ids))
         counts.pairs += len(x) * n_neurons
         counts.active_pairs += n_active
-        if (fetches := self.source.status().counts) is not None:
-            counts.fetches = (counts.fetches or FetchCounts()) + fetches - self._counted
-            self._counted = fetches
         self._n_layer_steps += 2 if layer == 0 else 1  # so that no multiple of the layers audits one layer alone
         if self.audit_every and self._n_layer_steps % self.audit_every == 0:
             active = active_neurons(self.source, layer, x, self._wide_biases[layer][0])

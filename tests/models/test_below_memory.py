@@ -113,7 +113,7 @@ def test_every_way_of_reading_equals_dense(io: str, lookahead: Any, family_check
     checkpoint = family_checkpoint("odd_sizes")  # strides that no alignment divides
     reference = OPTForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with opened(checkpoint, OffloadStrategy(cpu_cache_ratio=0.1), io=io) as model:
-        model.coordinator.lookahead = lookahead
+        model.coordinator.lookahead.mode = lookahead
         assert model.source.status().io == io
         assert_same_text(reference, model, opt_family.random_ids(reference.config, 1, 5))
 
