@@ -17,7 +17,7 @@ _MEMORY = 0.95  # weight of the past in the running means
 
 
 class Lookahead:
-    """`off`; from what enters the layer, `input`; from what enters the MLP before it, `before`; `auto`: where it pays."""
+    """From what enters the layer (`input`), or the MLP before it (`before`); `auto`: from the latter, where it pays."""
 
     def __init__(self, read_times: ReadTimes, ffn_dim: int) -> None:
         self.mode: LookaheadMode = "auto" if read_times.layer_s else "off"
