@@ -4,6 +4,7 @@ allowed = dense weights + codes + widened biases + tables of the engine + buffer
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def free_memory() -> int:
 def _cgroup_rooms() -> list[int]:
     """What each memory cgroup that this process is in leaves; page cache that can be reclaimed counts as free."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+        lines = os.fsdecode(Path("/proc/self/cgroup").read_bytes()).splitlines()
     except OSError:
         return []
     rooms = []

@@ -93,4 +93,5 @@ class _Probe:
                 raise DiskError(f"{len(reads) - ended} reads did not end within {_TIMEOUT_S:g} s; check the disk")
             if started < len(reads):
                 started += self._queue.submit(reads[started:])
-            ended += len(self._queue.wait(started - ended, 1.0).tokens)
+            self._queue.wait(started - ended, 1.0)
+            ended += len(self._queue.take().tokens)

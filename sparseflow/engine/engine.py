@@ -6,7 +6,8 @@ because the kernel (or the reading threads) go on with the reads that were begun
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ from sparseflow.engine.eviction import Eviction, FirstInFirstOut, LeastRecentlyU
 from sparseflow.engine.loader import Loader
 from sparseflow.engine.read_plan import LONGEST_READ_NBYTES
 from sparseflow.engine.reading import Reading, open_reading
-from sparseflow.engine.residency import Acquire, Event, Hint, Load, Ready, Refuse, Release, Residency
+from sparseflow.engine.residency import Acquire, Event, Hint, Instruction, Load, Ready, Refuse, Release, Residency
 from sparseflow.engine.shard_files import ShardFiles
-from sparseflow.errors import ArenaBusy, BadRequest
+from sparseflow.errors import ArenaBusy, BadRequest, DiskError
 from sparseflow.store.manifest import Manifest
 
 EVICTIONS: dict[str, Callable[[int, int], Eviction]] = {"lru": LeastRecentlyUsed, "fifo": FirstInFirstOut}
@@ -45,21 +46,18 @@ class Engine:
         """
         profile = manifest.profile
         self.profile = profile
-        self._shards = ShardFiles(store, manifest)
-        self._reading: Reading = open_reading(self._shards, io)
-        try:
-            self._arena = Arena(n_slots, profile.bundle_nbytes)
-        except BaseException:
-            self._reading.close()
-            raise
-        reading = self._reading
-        self._loader = Loader(self._shards, self._arena, reading.queue, reading.speed, reading.alignment)
+        self._arena = Arena(n_slots, profile.bundle_nbytes)
         self._residency = Residency(
             profile.num_layers, profile.ffn_dimension, n_slots, EVICTIONS[eviction](profile.num_layers, n_slots)
         )
+        shards = ShardFiles(store, manifest)
+        self._reading: Reading = open_reading(shards, io)  # from here on there is something to close
+        reading = self._reading
+        self._loader = Loader(shards, self._arena, reading.queue, reading.speed, reading.alignment)
         self._changed = threading.Condition()
         self._is_collecting = False
         self._is_closed = False
+        self._broken_by: BaseException | None = None
         self._n_fetches = 0
         self._ended: dict[int, NDArray[np.int64] | Exception] = {}
         self._wait_s = 0.0
@@ -108,6 +106,7 @@ class Engine:
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """Start reading bundles that may be asked for; as many as can be under way at once, the others are dropped."""
+        self._require_neurons(layer, ids)
         with self._changed:
             self._require_open()
             self._collect_now()
@@ -122,8 +121,9 @@ class Engine:
             ids: (n,) uint32, ascending, no repeats.
 
         Raises:
-            ArenaBusy: more than the arena has slots.
+            ArenaBusy: more than the arena has slots. BadRequest: not neurons of this model.
         """
+        self._require_neurons(layer, ids)
         if len(ids) > self._residency.n_slots:
             raise ArenaBusy(
                 f"layer {layer}: {len(ids)} bundles asked for at once, the arena has {self._residency.n_slots} slots; "
@@ -182,6 +182,7 @@ class Engine:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while not self._loader.is_idle:
+                self._require_open()
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(self._why_late(timeout_s))
@@ -213,7 +214,6 @@ class Engine:
             self._changed.acquire()
             self._is_collecting = False
         self._apply_finished()
-        self._changed.notify_all()
 
     def _collect_now(self) -> None:
         """Apply what has come by itself, without waiting."""
@@ -222,11 +222,16 @@ class Engine:
             self._apply_finished()
 
     def _apply_finished(self) -> None:
-        for event in self._loader.collect():
-            self._handle(event)
+        with self._all_or_broken():
+            for event in self._loader.collect():
+                self._perform(self._residency.handle(event))
 
     def _handle(self, event: Event) -> None:
-        for instruction in self._residency.handle(event):
+        with self._all_or_broken():
+            self._perform(self._residency.handle(event))
+
+    def _perform(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
             match instruction:
                 case Load():
                     self._loader.begin(instruction)
@@ -234,11 +239,32 @@ class Engine:
                     self._ended[instruction.fetch] = instruction.slots
                 case Refuse():
                     self._ended[instruction.fetch] = instruction.error
-        self._changed.notify_all()
+
+    @contextmanager
+    def _all_or_broken(self) -> Iterator[None]:
+        """What is begun here is finished, or the engine serves nobody any more: it would not know who is where."""
+        try:
+            yield
+        except BaseException as error:
+            self._broken_by = error
+            raise
+        finally:
+            self._changed.notify_all()
 
     def _require_open(self) -> None:
         if self._is_closed:
             raise BadRequest("the store was closed; open it again")
+        if self._broken_by is not None:
+            raise DiskError(f"the store was interrupted in its work ({self._broken_by!r}); open it again")
+
+    def _require_neurons(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        n_layers, ffn_dim = self.profile.num_layers, self.profile.ffn_dimension
+        are_ids = not len(ids) or (ids[-1] < ffn_dim and bool((ids[1:] > ids[:-1]).all()))
+        if not (0 <= layer < n_layers and are_ids):
+            raise BadRequest(
+                f"layer {layer}, {len(ids)} neurons: the model has {n_layers} layers of {ffn_dim} neurons; "
+                "ask for ascending ids without repeats"
+            )
 
     def _why_late(self, timeout_s: float) -> str:
         residency = self._residency

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sparseflow.engine import read_plan
 from sparseflow.engine.arena import Arena
 from sparseflow.engine.disk_speed import DiskSpeed
-from sparseflow.engine.read_queue import IOVEC, READ, READ_VECTOR, Finished, ReadQueue
+from sparseflow.engine.read_queue import IOVEC, READ, READ_VECTOR, ReadQueue
 from sparseflow.engine.residency import Failed, Load, Loaded
 from sparseflow.engine.shard_files import ShardFiles
 from sparseflow.errors import DiskError, ShardCorrupt, SparseFlowError
@@ -69,7 +69,6 @@ class Loader:
         self._not_begun: deque[int] = deque()  # batches that have reads to begin
         self._n_under_way = 0
         self._n_awaited = 0  # of those, not from hints
-        self._finished: deque[Finished] = deque()
 
     @property
     def room(self) -> int:
@@ -116,17 +115,16 @@ class Loader:
     def wait(self, timeout_s: float) -> None:
         """Wait until reads have ended: a good part of those that somebody waits for. `collect` says which."""
         least = max(1, min(self._n_awaited, self._depth // 2))
-        self._finished.append(self._queue.wait(least, timeout_s))
+        self._queue.wait(least, timeout_s)
 
     def collect(self) -> list[Loaded | Failed]:
         """What has ended since the last time. Begins what there is room for now."""
         events: list[Loaded | Failed] = []
-        while self._finished:
-            finished = self._finished.popleft()
-            tokens = finished.tokens.astype(np.int64)
-            for number in np.unique(tokens >> 32).tolist():
-                is_its = tokens >> 32 == number
-                events += self._end(number, tokens[is_its] & 0xFFFFFFFF, finished.results[is_its])
+        finished = self._queue.take()
+        tokens = finished.tokens.astype(np.int64)
+        for number in np.unique(tokens >> 32).tolist():
+            is_its = tokens >> 32 == number
+            events += self._end(number, tokens[is_its] & 0xFFFFFFFF, finished.results[is_its])
         self._begin_more()
         return events
 
@@ -162,36 +160,26 @@ class Loader:
         self._n_awaited -= 0 if batch.load.is_hint else len(reads)
         self.counts.reads += len(reads)
         self.counts.bytes_read += int(results[results > 0].sum())
-        needed = self._needed_nbytes(batch, reads)
-        is_whole = results >= needed
+        load, nbytes = batch.load, self._shards.bundle_nbytes
         first, last = batch.plan.first[reads], batch.plan.first[reads + 1]
-        events: list[Loaded | Failed] = []
-        for n in np.flatnonzero(~is_whole).tolist():
-            error = self._read_error(batch.load.layer, int(results[n]), int(needed[n]))
-            events.append(Failed(batch.load.slots[first[n] : last[n]], error))
-        positions = _ranges(first[is_whole], last[is_whole])
+        positions = _ranges(first, last)
+        ids, slots = load.ids[positions], load.slots[positions]
+        came_to = np.repeat(batch.rows["offset"][reads] + results, last - first)  # where each one's read ended
+        has_come = came_to >= self._shards.start + (ids.astype(np.int64) + 1) * nbytes
         if not self._is_straight:
-            self._copy_out(batch, reads[is_whole])
+            self._copy_out(batch, reads)
             self._free_cells += batch.cells[reads].tolist()
-        ids, slots = batch.load.ids[positions], batch.load.slots[positions]
-        wrong = self._shards.wrong_bundles(batch.load.layer, ids, self._arena.slots, slots)
-        if len(wrong):
-            error = ShardCorrupt(
-                f"{self._shards.paths[batch.load.layer]}: layer {batch.load.layer}, {len(wrong)} of {len(ids)} bundles "
-                f"read, neuron {ids[wrong[0]]} first, differ from their checksum; {_REMEDY}"
-            )
-            events.append(Failed(slots[wrong], error))
-        events.append(Loaded(np.delete(slots, wrong)))
+        is_right = has_come.copy()
+        is_right[has_come] = self._shards.are_intact(load.layer, ids[has_come], self._arena.slots, slots[has_come])
+        result_of = np.repeat(results, last - first)
+        events: list[Loaded | Failed] = [Loaded(slots[is_right])]
+        for n in np.flatnonzero(~is_right).tolist():
+            error = self._why_wrong(load.layer, int(ids[n]), int(result_of[n]), bool(has_come[n]))
+            events.append(Failed(slots[n : n + 1], error))
         batch.n_ended += len(reads)
         if batch.n_ended == len(batch.rows):
             del self._batches[number]
         return events
-
-    def _needed_nbytes(self, batch: _Batch, reads: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bytes from a read's start to the end of its last bundle. What an aligned span adds may lie past the end."""
-        last_id = batch.load.ids[batch.plan.first[reads + 1] - 1].astype(np.int64)
-        end = self._shards.start + (last_id + 1) * self._shards.bundle_nbytes
-        return np.asarray(end - batch.rows["offset"][reads], np.int64)
 
     def _copy_out(self, batch: _Batch, reads: NDArray[np.int64]) -> None:
         nbytes = self._shards.bundle_nbytes
@@ -202,11 +190,13 @@ class Loader:
                 start = self._shards.start + int(batch.load.ids[position]) * nbytes - offset
                 self._arena.slots[batch.load.slots[position]] = cell[start : start + nbytes]
 
-    def _read_error(self, layer: int, result: int, needed: int) -> SparseFlowError:
-        path = self._shards.paths[layer]
+    def _why_wrong(self, layer: int, neuron: int, result: int, has_come: bool) -> SparseFlowError:
+        what = f"{self._shards.paths[layer]}: layer {layer}, neuron {neuron}"
         if result < 0:
-            return DiskError(f"{path}: layer {layer} cannot be read ({os.strerror(-result)}); check the disk")
-        return ShardCorrupt(f"{path}: layer {layer} ends early, {result} bytes of {needed} came; {_REMEDY}")
+            return DiskError(f"{what} cannot be read ({os.strerror(-result)}); check the disk")
+        if not has_come:
+            return ShardCorrupt(f"{what} is missing, the file ends early; {_REMEDY}")
+        return ShardCorrupt(f"{what} differs from its checksum; {_REMEDY}")
 
 
 def _page_aligned(n: int, nbytes: int) -> NDArray[np.uint8]:

@@ -7,14 +7,13 @@ asynchronous for direct I/O only, so buffered reads and the memory map use threa
 A read is one row of `READ`, which is the kernel's `struct iocb`; a piece of memory that it fills is one row of `IOVEC`.
 """
 
-import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import platform
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +42,7 @@ IOVEC = np.dtype([("address", "<u8"), ("nbytes", "<u8")])
 READ_VECTOR = 7  # IOCB_CMD_PREADV
 MOST_IOVECS = 1024  # IOV_MAX
 
+_MAPPED_AROUND_NBYTES = 64 << 10  # the kernel maps what it has cached of these bytes around a page that is touched
 _EVENT = np.dtype([("token", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("result2", "<i8")])
 _SYSCALLS = {  # io_setup, io_destroy, io_getevents, io_submit
     "x86_64": (206, 207, 208, 209),
@@ -50,6 +50,7 @@ _SYSCALLS = {  # io_setup, io_destroy, io_getevents, io_submit
 }
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.preadv.restype = ctypes.c_ssize_t
 _libc.preadv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
 
@@ -78,8 +79,15 @@ class ReadQueue(Protocol):
         """Start reads from the front of a contiguous array of READ; returns how many were taken."""
         ...
 
-    def wait(self, least: int, timeout_s: float) -> Finished:
-        """Reads that have ended: at least `least`, or what there is after `timeout_s`. One thread at a time."""
+    def wait(self, least: int, timeout_s: float) -> None:
+        """Wait until `least` reads have ended, or for `timeout_s`. One thread at a time; not while another takes.
+
+        Nothing is lost when a signal (Ctrl-C) interrupts it.
+        """
+        ...
+
+    def take(self) -> Finished:
+        """Reads that have ended and were waited for."""
         ...
 
     def close(self) -> None:
@@ -123,11 +131,10 @@ class AioQueue:
             return 0
         raise DiskError(f"Linux AIO: a read was refused ({os.strerror(code)}); use buffered reads (io='buffered')")
 
-    def wait(self, least: int, timeout_s: float) -> Finished:
-        """As `ReadQueue.wait`."""
-        left_over = self._take_events()  # what came when a signal (Ctrl-C) interrupted the wait before this one
-        if len(left_over.tokens):
-            return left_over
+    def wait(self, least: int, timeout_s: float) -> None:
+        """As `ReadQueue.wait`; at once where something was not taken yet."""
+        if self._events["token"].any():
+            return
         whole = int(timeout_s)
         limit = (ctypes.c_long * 2)(whole, int((timeout_s - whole) * 1e9))
         events = ctypes.c_void_p(self._events.ctypes.data)
@@ -137,10 +144,9 @@ class AioQueue:
         )
         if n < 0 and ctypes.get_errno() != errno.EINTR:
             raise DiskError(f"Linux AIO: cannot collect reads ({os.strerror(ctypes.get_errno())})")
-        return self._take_events()
 
-    def _take_events(self) -> Finished:
-        """What lies in the buffer that the kernel fills. No token is 0."""
+    def take(self) -> Finished:
+        """As `ReadQueue.take`: what lies in the buffer that the kernel fills. No token is 0."""
         ended = self._events[self._events["token"] != 0]
         self._events["token"] = 0
         return Finished(ended["token"].copy(), ended["result"].copy())
@@ -165,15 +171,18 @@ class ThreadQueue:
         self.name = name
         self._perform = perform
         self._begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-        self._taken: list[tuple[int, int]] = []  # kept when a signal interrupts a wait
+        self._ended: list[tuple[int, int]] = []
+        self._has_ended = threading.Condition()
         self._threads = [threading.Thread(target=self._work, name=f"read-{n}", daemon=True) for n in range(n_threads)]
         for thread in self._threads:
             thread.start()
 
     def _work(self) -> None:
         while (read := self._begun.get()) is not None:
-            self._ended.put((int(read["token"]), self._perform(read)))
+            result = self._perform(read)
+            with self._has_ended:
+                self._ended.append((int(read["token"]), result))
+                self._has_ended.notify()
 
     def submit(self, reads: NDArray[np.void]) -> int:
         """As `ReadQueue.submit`; takes all."""
@@ -181,15 +190,15 @@ class ThreadQueue:
             self._begun.put(read)
         return len(reads)
 
-    def wait(self, least: int, timeout_s: float) -> Finished:
+    def wait(self, least: int, timeout_s: float) -> None:
         """As `ReadQueue.wait`."""
-        deadline = time.monotonic() + timeout_s
-        with contextlib.suppress(queue.Empty):
-            while len(self._taken) < least:
-                self._taken.append(self._ended.get(timeout=max(0.0, deadline - time.monotonic())))
-            while True:
-                self._taken.append(self._ended.get_nowait())
-        ended, self._taken = self._taken, []
+        with self._has_ended:
+            self._has_ended.wait_for(lambda: len(self._ended) >= least, timeout_s)
+
+    def take(self) -> Finished:
+        """As `ReadQueue.take`."""
+        with self._has_ended:
+            ended, self._ended = self._ended, []
         tokens, results = zip(*ended, strict=True) if ended else ((), ())
         return Finished(np.array(tokens, np.uint64), np.array(results, np.int64))
 
@@ -220,6 +229,9 @@ def copy_from(addresses: dict[int, tuple[int, int]]) -> Callable[[Any], int]:
             n = min(nbytes, max(0, size - start))
             ctypes.memmove(address, base + start, n)
             done += n
+        first = int(read["offset"]) & -_MAPPED_AROUND_NBYTES
+        last = min(size, -(-(int(read["offset"]) + done) // _MAPPED_AROUND_NBYTES) * _MAPPED_AROUND_NBYTES)
+        _libc.madvise(base + first, last - first, mmap.MADV_DONTNEED)  # else what was copied counts twice
         return done
 
     return perform

@@ -1,4 +1,7 @@
-"""The ways to read shards: direct, buffered, or by memory map; chosen when a store is opened, and shown in status."""
+"""The ways to read shards: direct, buffered, or by memory map; chosen when a store is opened, and shown in status.
+
+A shard that is cut while it is open is an error of the first two; mapped, it kills the process (SIGBUS).
+"""
 
 import mmap
 from dataclasses import dataclass, field
@@ -79,6 +82,7 @@ def _open_direct(shards: ShardFiles) -> Reading:
         raise DirectRefused(
             f"{shards.paths[0].parent}: the file system refuses direct I/O; use buffered reads (io='buffered')"
         )
+    shards.drop_cached_pages()
     queue = AioQueue(MOST_READS)
     return Reading(shards, queue, alignment, _measure(shards, queue, alignment))
 

@@ -52,18 +52,20 @@ class ShardFiles:
                 return None
             raise DiskError(f"{error.filename}: cannot be opened ({error.strerror}); check its permissions") from error
         if not direct:
+            for fd in self.fds:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: neighbours are seldom wanted
             return 1
         alignment = next((n for n in _ALIGNMENTS if _reads_aligned_to(self.fds[0], n)), None)
         if alignment is None:
             self.close()
         return alignment
 
-    def wrong_bundles(
+    def are_intact(
         self, layer: int, ids: NDArray[np.uint32], memory: NDArray[np.uint8], slots: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Positions of ids whose bytes differ from their checksum. memory: (n_slots, bundle_nbytes) uint8."""
+    ) -> NDArray[np.bool_]:
+        """Whether each bundle's bytes have its checksum, (n,) bool. memory: (n_slots, bundle_nbytes) uint8."""
         found = bundle_checksums(memory[slot] for slot in slots.tolist())
-        return np.flatnonzero(found != self.checksums[layer, ids])
+        return np.asarray(found == self.checksums[layer, ids])
 
     def drop_cached_pages(self) -> None:
         """Give the page cache's copies of the shards back: with direct reads nobody looks at them."""

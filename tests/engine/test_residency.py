@@ -1,0 +1,515 @@
+"""Who is where, beside a model that knows only the instructions: plain dictionaries, one bundle at a time."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from shards import neurons
+
+from sparseflow.engine.eviction import FirstInFirstOut, LeastRecentlyUsed
+from sparseflow.engine.residency import (
+    Acquire,
+    Event,
+    Failed,
+    Hint,
+    Instruction,
+    Load,
+    Loaded,
+    Ready,
+    Refuse,
+    Release,
+    Residency,
+)
+from sparseflow.errors import DiskError
+
+Bundle = tuple[int, int]  # layer, id
+
+EVICTIONS = {"lru": LeastRecentlyUsed, "fifo": FirstInFirstOut}
+
+
+# --- the model
+
+
+@dataclass
+class Fetch:
+    """One that was asked for and is not over."""
+
+    bundles: list[Bundle]
+    is_granted: bool = False
+    """It leases its bundles."""
+    is_ready: bool = False
+
+
+@dataclass
+class Model:
+    """What the docstring of `residency` promises. Slots are told by the instructions; all the rest is counted here."""
+
+    n_slots: int
+    slot_of: dict[Bundle, int] = field(default_factory=dict)
+    loading: set[Bundle] = field(default_factory=set)
+    fetches: dict[int, Fetch] = field(default_factory=dict)
+    waiting: deque[int] = field(default_factory=deque)
+    answers: dict[int, int] = field(default_factory=dict)
+    """fetch -> number of Ready and Refuse."""
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    hinted: int = 0
+
+    def leased(self) -> set[Bundle]:
+        return {bundle for fetch in self.fetches.values() if fetch.is_granted for bundle in fetch.bundles}
+
+    def may_go(self) -> set[Bundle]:
+        return set(self.slot_of) - self.leased() - self.loading
+
+    def room(self) -> int:
+        """Slots that bundles which are not here could have."""
+        return self.n_slots - len(self.slot_of) + len(self.may_go())
+
+    def can_grant(self, fetch: Fetch) -> bool:
+        here = [bundle for bundle in fetch.bundles if bundle in self.slot_of]
+        would_be_leased = self.may_go() - set(here)
+        return len(fetch.bundles) - len(here) <= self.n_slots - len(self.slot_of) + len(would_be_leased)
+
+    def is_done(self, fetch: Fetch) -> bool:
+        return not any(bundle in self.loading for bundle in fetch.bundles)
+
+
+class Checker:
+    """Applies events to both and compares."""
+
+    def __init__(self, n_layers: int, ffn_dim: int, n_slots: int, eviction: str) -> None:
+        self.residency = Residency(n_layers, ffn_dim, n_slots, EVICTIONS[eviction](n_layers, n_slots))
+        self.model = Model(n_slots)
+        self.n_fetches = 0
+
+    # events
+
+    def acquire(self, layer: int, ids: list[int]) -> int:
+        self.n_fetches += 1
+        self.model.fetches[self.n_fetches] = Fetch([(layer, id_) for id_ in ids])
+        self.model.waiting.append(self.n_fetches)
+        rest = self._handle(Acquire(self.n_fetches, layer, neurons(*ids)))
+        self._check_grants(rest)
+        return self.n_fetches
+
+    def hint(self, layer: int, ids: list[int]) -> None:
+        model = self.model
+        missing = [(layer, id_) for id_ in ids if (layer, id_) not in model.slot_of]
+        expected = [] if model.waiting else missing[: model.room()]
+        rest = self._handle(Hint(layer, neurons(*ids)))
+        if expected:
+            load = rest.popleft()
+            assert isinstance(load, Load)
+            assert load.is_hint
+            self._check_load(load, expected)
+            model.hinted += len(expected)
+        assert not rest, "a hint only loads"
+
+    def release(self, number: int) -> None:
+        if number in self.model.waiting:
+            self.model.waiting.remove(number)
+        self.model.fetches.pop(number, None)
+        self._check_grants(self._handle(Release(number)))
+
+    def load_ends(self, bundles: list[Bundle]) -> None:
+        slots = np.array([self.model.slot_of[bundle] for bundle in bundles], np.int64)
+        self.model.loading -= set(bundles)
+        rest = self._handle(Loaded(slots))
+        expected = {n for n, fetch in self.model.fetches.items()
+                    if fetch.is_granted and not fetch.is_ready and self.model.is_done(fetch)}  # fmt: skip
+        for _ in expected.copy():
+            ready = rest.popleft()
+            assert isinstance(ready, Ready)
+            expected.remove(ready.fetch)
+            self._check_ready(ready)
+        self._check_grants(rest)
+
+    def load_fails(self, bundles: list[Bundle]) -> None:
+        error = DiskError("a test's own")
+        slots = np.array([self.model.slot_of[bundle] for bundle in bundles], np.int64)
+        hurt = {n for n, fetch in self.model.fetches.items() if fetch.is_granted and set(fetch.bundles) & set(bundles)}
+        rest = self._handle(Failed(slots, error))
+        for _ in hurt.copy():
+            refusal = rest.popleft()
+            assert isinstance(refusal, Refuse)
+            assert refusal.error is error
+            hurt.remove(refusal.fetch)
+            del self.model.fetches[refusal.fetch]
+        for bundle in bundles:
+            del self.model.slot_of[bundle]
+        self.model.loading -= set(bundles)
+        self._check_grants(rest)
+
+    # instructions
+
+    def _handle(self, event: Event) -> deque[Instruction]:
+        instructions = deque(self.residency.handle(event))
+        for instruction in instructions:
+            if isinstance(instruction, Ready | Refuse):
+                self.model.answers[instruction.fetch] = self.model.answers.get(instruction.fetch, 0) + 1
+        return instructions
+
+    def _check_grants(self, rest: deque[Instruction]) -> None:
+        """First come, first served; and whoever can be served is."""
+        model = self.model
+        while model.waiting and model.can_grant(fetch := model.fetches[model.waiting[0]]):
+            number = model.waiting.popleft()
+            missing = [bundle for bundle in fetch.bundles if bundle not in model.slot_of]
+            model.hits += len(fetch.bundles) - len(missing)
+            model.misses += len(missing)
+            fetch.is_granted = True  # from here on its bundles may not go, not even for its own
+            if missing:
+                load = rest.popleft()
+                assert isinstance(load, Load)
+                assert not load.is_hint
+                self._check_load(load, missing)
+            if model.is_done(fetch):
+                ready = rest.popleft()
+                assert isinstance(ready, Ready)
+                assert ready.fetch == number
+                self._check_ready(ready)
+        assert not rest
+
+    def _check_load(self, load: Load, expected: list[Bundle]) -> None:
+        """It brings what is expected, into slots that are free or may go, and frees no more than it must."""
+        model = self.model
+        assert [(load.layer, id_) for id_ in load.ids.tolist()] == expected
+        slots = load.slots.tolist()
+        assert len(set(slots)) == len(slots) == len(expected)
+        n_free = model.n_slots - len(model.slot_of)
+        bundle_in = {slot: bundle for bundle, slot in model.slot_of.items()}
+        gone = {bundle_in[slot] for slot in slots if slot in bundle_in}
+        assert gone <= model.may_go()
+        assert len(gone) == max(0, len(expected) - n_free)
+        for bundle in gone:
+            del model.slot_of[bundle]
+        model.evictions += len(gone)
+        model.slot_of |= dict(zip(expected, slots, strict=True))
+        model.loading |= set(expected)
+
+    def _check_ready(self, ready: Ready) -> None:
+        fetch = self.model.fetches[ready.fetch]
+        assert ready.slots.tolist() == [self.model.slot_of[bundle] for bundle in fetch.bundles]
+        assert self.model.is_done(fetch)
+        fetch.is_ready = True
+
+    # at any time
+
+    def check(self) -> None:
+        model, residency = self.model, self.residency
+        assert len(set(model.slot_of.values())) == len(model.slot_of) <= model.n_slots
+        assert set(model.slot_of.values()) <= set(range(model.n_slots))
+        assert residency.n_resident == len(model.slot_of)
+        assert residency.n_leased == len(model.leased())
+        counts = residency.counts
+        assert (counts.hits, counts.misses) == (model.hits, model.misses)
+        assert (counts.evictions, counts.hinted) == (model.evictions, model.hinted)
+        assert all(n == 1 for n in model.answers.values())
+        for n, fetch in model.fetches.items():
+            assert (n in model.answers) == fetch.is_ready, "an answer for what is not ready, or none"
+            here = [i for i, bundle in enumerate(fetch.bundles) if fetch.is_granted and bundle not in model.loading]
+            positions, slots = residency.arrived(n)
+            assert positions.tolist() == here
+            assert slots.tolist() == [model.slot_of[fetch.bundles[i]] for i in here]
+
+    def check_resident(self, n_layers: int, ffn_dim: int) -> None:
+        for layer in range(n_layers):
+            expected = [(layer, id_) in self.model.slot_of for id_ in range(ffn_dim)]
+            assert self.residency.resident(layer, np.arange(ffn_dim, dtype=np.uint32)).tolist() == expected
+
+    def wind_down(self) -> None:
+        """Every load ends and every fetch that is ready is released, until nothing is left to do."""
+        while self.model.loading or self.model.fetches:
+            busy = len(self.model.loading) + len(self.model.fetches)
+            if self.model.loading:
+                self.load_ends(sorted(self.model.loading))
+                self.check()
+            for number in [n for n, fetch in self.model.fetches.items() if fetch.is_ready]:
+                self.release(number)
+                self.check()
+            assert busy, "fetches wait for ever"
+        assert not self.model.waiting
+        assert self.residency.n_leased == 0
+
+
+# --- any events in any order
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.over: list[int] = []
+
+    @initialize(
+        n_layers=st.integers(2, 4),
+        ffn_dim=st.integers(4, 24),
+        n_slots=st.integers(1, 20),
+        eviction=st.sampled_from(sorted(EVICTIONS)),
+    )
+    def start(self, n_layers: int, ffn_dim: int, n_slots: int, eviction: str) -> None:
+        self.n_layers, self.ffn_dim = n_layers, ffn_dim
+        self.checker = Checker(n_layers, ffn_dim, n_slots, eviction)
+        self.model = self.checker.model
+
+    def draw_ids(self, data: st.DataObject, most: int) -> list[int]:
+        ids = st.sets(st.integers(0, self.ffn_dim - 1), max_size=min(most, self.ffn_dim))
+        return sorted(data.draw(ids, label="ids"))
+
+    def draw_layer(self, data: st.DataObject) -> int:
+        return int(data.draw(st.integers(0, self.n_layers - 1), label="layer"))
+
+    def draw_loading(self, data: st.DataObject) -> list[Bundle]:
+        """Some that are on their way, of any loads: reads end in any order, and several at once."""
+        ended = st.sets(st.sampled_from(sorted(self.model.loading)), min_size=1)
+        return sorted(data.draw(ended, label="ended"))
+
+    @rule(data=st.data())
+    def acquire(self, data: st.DataObject) -> None:
+        layer = self.draw_layer(data)
+        number = self.checker.acquire(layer, self.draw_ids(data, self.model.n_slots))
+        assert number not in self.over
+
+    @rule(data=st.data())
+    def hint(self, data: st.DataObject) -> None:
+        layer = self.draw_layer(data)
+        self.checker.hint(layer, self.draw_ids(data, self.ffn_dim))
+
+    @precondition(lambda self: self.checker.n_fetches)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        """Any fetch there ever was: waiting, loading, ready, refused, or released before."""
+        number = data.draw(st.integers(1, self.checker.n_fetches), label="fetch")
+        self.checker.release(number)
+
+    @precondition(lambda self: self.model.loading)
+    @rule(data=st.data())
+    def load_ends(self, data: st.DataObject) -> None:
+        self.checker.load_ends(self.draw_loading(data))
+
+    @precondition(lambda self: self.model.loading)
+    @rule(data=st.data())
+    def load_fails(self, data: st.DataObject) -> None:
+        self.checker.load_fails(self.draw_loading(data))
+
+    @invariant()
+    def agrees(self) -> None:
+        self.checker.check()
+        self.checker.check_resident(self.n_layers, self.ffn_dim)
+
+    def teardown(self) -> None:
+        if hasattr(self, "checker"):
+            self.checker.wind_down()
+
+
+ResidencyMachine.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)  # fmt: skip
+TestAnyEvents = ResidencyMachine.TestCase
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_long_random_history_agrees_with_the_model(rng: np.random.Generator, eviction: str) -> None:
+    """Longer than hypothesis goes, so that groups of the eviction go stale and are dropped many times."""
+    n_layers, ffn_dim, n_slots = 3, 24, int(rng.integers(4, 21))
+    checker = Checker(n_layers, ffn_dim, n_slots, eviction)
+    for _ in range(3000):
+        layer = int(rng.integers(n_layers))
+        ids = np.flatnonzero(rng.random(ffn_dim) < rng.random()).tolist()
+        loading = [bundle for bundle in sorted(checker.model.loading) if rng.random() < 0.6]
+        match int(rng.integers(10)):
+            case 0 | 1 | 2:
+                checker.acquire(layer, ids[:n_slots])
+            case 3:
+                checker.hint(layer, ids)
+            case 4 | 5 | 6 if checker.model.fetches:
+                checker.release(int(rng.choice(list(checker.model.fetches))))
+            case 7 | 8 if loading:
+                checker.load_ends(loading)
+            case 9 if loading:
+                checker.load_fails(loading[:2])
+        checker.check()
+    assert checker.model.evictions
+    checker.wind_down()
+
+
+# --- by name
+
+
+@pytest.fixture(params=EVICTIONS)
+def residency(request: pytest.FixtureRequest) -> Residency:
+    """Two layers of 8 neurons, 4 slots."""
+    return Residency(2, 8, 4, EVICTIONS[request.param](2, 4))
+
+
+def slots_of(instructions: list[Instruction]) -> Any:
+    (load,) = (i for i in instructions if isinstance(i, Load))
+    return load.slots
+
+
+def kinds(instructions: list[Instruction]) -> list[str]:
+    return [type(i).__name__ for i in instructions]
+
+
+def fetched(residency: Residency, fetch: int, layer: int, ids: np.ndarray) -> np.ndarray:
+    """A fetch that is ready, as far as it was not refused slots."""
+    instructions = residency.handle(Acquire(fetch, layer, ids))
+    slots = slots_of(instructions)
+    assert kinds(residency.handle(Loaded(slots))) == ["Ready"]
+    return np.asarray(slots)
+
+
+def test_absent_bundles_are_loaded_and_then_ready_in_the_order_of_their_ids(residency: Residency) -> None:
+    (load,) = residency.handle(Acquire(1, 1, neurons(2, 5, 7)))
+    assert isinstance(load, Load)
+    assert (load.layer, load.ids.tolist(), load.is_hint) == (1, [2, 5, 7], False)
+    assert residency.handle(Loaded(load.slots[1:])) == []
+    (ready,) = residency.handle(Loaded(load.slots[:1]))
+    assert isinstance(ready, Ready)
+    assert ready.slots.tolist() == load.slots.tolist()
+
+
+def test_resident_bundles_are_ready_at_once(residency: Residency) -> None:
+    slots = fetched(residency, 1, 0, neurons(1, 2, 3))
+    (ready,) = residency.handle(Acquire(2, 0, neurons(1, 3)))
+    assert isinstance(ready, Ready)
+    assert ready.slots.tolist() == [slots[0], slots[2]]
+
+
+def test_fetch_of_nothing_is_ready_at_once(residency: Residency) -> None:
+    assert kinds(residency.handle(Acquire(1, 0, neurons()))) == ["Ready"]
+
+
+def test_fetch_that_exceeds_what_is_free_and_may_go_waits_and_holds_nothing(residency: Residency) -> None:
+    fetched(residency, 1, 0, neurons(0, 1, 2))
+    assert residency.handle(Acquire(2, 1, neurons(0, 1))) == []
+    assert residency.n_leased == 3
+    assert kinds(residency.handle(Release(1))) == ["Load"]
+
+
+def test_bundles_a_fetch_finds_are_not_evicted_for_those_it_lacks(residency: Residency) -> None:
+    slots = fetched(residency, 1, 0, neurons(0, 1, 2, 3))
+    residency.handle(Release(1))
+    (load,) = residency.handle(Acquire(2, 0, neurons(0, 4, 5, 6)))
+    assert isinstance(load, Load)
+    assert slots[0] not in load.slots
+    (ready,) = residency.handle(Loaded(load.slots))
+    assert isinstance(ready, Ready)
+    assert ready.slots[0] == slots[0]
+
+
+def test_fetch_that_would_fit_does_not_overtake_one_that_waits(residency: Residency) -> None:
+    fetched(residency, 1, 0, neurons(0, 1, 2))
+    assert residency.handle(Acquire(2, 1, neurons(0, 1))) == []
+    assert residency.handle(Acquire(3, 0, neurons(2))) == [], "though it is there"
+    assert residency.handle(Acquire(4, 1, neurons(7))) == [], "though a slot is free"
+    loads = residency.handle(Release(1))
+    first, *_, last = (i.ids.tolist() for i in loads if isinstance(i, Load))
+    assert (first, last) == ([0, 1], [7])
+
+
+def test_released_fetch_that_waits_lets_those_behind_it_pass(residency: Residency) -> None:
+    fetched(residency, 1, 0, neurons(0, 1, 2))
+    assert residency.handle(Acquire(2, 1, neurons(0, 1))) == []
+    assert residency.handle(Acquire(3, 1, neurons(7))) == []
+    (load,) = residency.handle(Release(2))
+    assert isinstance(load, Load)
+    assert load.ids.tolist() == [7]
+
+
+def test_slots_of_a_released_fetch_are_not_reused_before_their_loads_have_ended(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Acquire(1, 0, neurons(0, 1, 2, 3))))
+    assert residency.handle(Release(1)) == []
+    assert residency.handle(Acquire(2, 1, neurons(5))) == []
+    (load,) = residency.handle(Loaded(slots[:1]))
+    assert isinstance(load, Load)
+    assert load.slots.tolist() == slots[:1].tolist()
+
+
+def test_fetch_of_a_bundle_that_a_hint_brings_waits_for_it_and_loads_it_no_second_time(residency: Residency) -> None:
+    hinted = slots_of(residency.handle(Hint(0, neurons(3, 4))))
+    assert residency.handle(Acquire(1, 0, neurons(4))) == []
+    (ready,) = residency.handle(Loaded(hinted))
+    assert isinstance(ready, Ready)
+    assert ready.slots.tolist() == [hinted[1]]
+    assert (residency.counts.hits, residency.counts.misses) == (1, 0)
+
+
+def test_two_fetches_of_one_bundle_share_a_load_and_both_hold_it(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Acquire(1, 0, neurons(0, 1, 2, 3))))
+    assert residency.handle(Acquire(2, 0, neurons(3))) == []
+    assert kinds(residency.handle(Loaded(slots))) == ["Ready", "Ready"]
+    residency.handle(Release(1))
+    (load,) = residency.handle(Acquire(3, 1, neurons(0, 1, 2)))
+    assert isinstance(load, Load)
+    assert slots[3] not in load.slots
+
+
+def test_hint_takes_no_more_than_free_slots_and_what_may_go(residency: Residency) -> None:
+    held = fetched(residency, 1, 0, neurons(0, 1))
+    fetched(residency, 2, 0, neurons(2))
+    residency.handle(Release(2))
+    (load,) = residency.handle(Hint(1, neurons(0, 1, 2, 3, 4)))
+    assert isinstance(load, Load)
+    assert load.is_hint
+    assert load.ids.tolist() == [0, 1]
+    assert not set(load.slots.tolist()) & set(held.tolist())
+
+
+def test_hint_does_nothing_while_a_fetch_waits_for_slots(residency: Residency) -> None:
+    fetched(residency, 1, 0, neurons(0, 1, 2))
+    assert residency.handle(Acquire(2, 1, neurons(0, 1))) == []
+    assert residency.handle(Hint(1, neurons(5))) == []
+
+
+def test_failure_refuses_exactly_the_fetches_that_lease_a_failed_slot(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Acquire(1, 0, neurons(0, 1))))
+    other = slots_of(residency.handle(Acquire(2, 1, neurons(6))))
+    assert residency.handle(Acquire(3, 0, neurons(1))) == []
+    assert residency.handle(Acquire(4, 0, neurons(0))) == []
+    error = DiskError("the disk")
+    refusals = residency.handle(Failed(slots[1:], error))
+    assert [(i.fetch, i.error) for i in refusals if isinstance(i, Refuse)] == [(1, error), (3, error)]
+    assert kinds(refusals) == ["Refuse", "Refuse"]
+    (ready,) = residency.handle(Loaded(slots[:1]))
+    assert isinstance(ready, Ready)
+    assert ready.fetch == 4
+    assert kinds(residency.handle(Loaded(other))) == ["Ready"]
+
+
+def test_bundle_that_failed_is_loaded_again_when_it_is_asked_for_again(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Acquire(1, 0, neurons(0))))
+    residency.handle(Failed(slots, DiskError("the disk")))
+    assert not residency.resident(0, neurons(0))[0]
+    assert kinds(residency.handle(Acquire(2, 0, neurons(0)))) == ["Load"]
+
+
+def test_failure_makes_room_for_a_fetch_that_waits(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Acquire(1, 0, neurons(0, 1, 2, 3))))
+    assert residency.handle(Acquire(2, 1, neurons(0, 1, 2, 3))) == []
+    residency.handle(Loaded(slots[1:]))
+    assert kinds(residency.handle(Failed(slots[:1], DiskError("the disk")))) == ["Refuse", "Load"]
+
+
+def test_failed_hint_refuses_nobody(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Hint(0, neurons(0, 1))))
+    assert residency.handle(Failed(slots, DiskError("the disk"))) == []
+    assert residency.n_resident == 0
+
+
+def test_release_of_what_is_over_or_was_never_there_does_nothing(residency: Residency) -> None:
+    fetched(residency, 1, 0, neurons(0))
+    for fetch in (1, 1, 77):
+        assert residency.handle(Release(fetch)) == []
+    assert residency.n_leased == 0
+
+
+def test_what_is_no_event_is_refused(residency: Residency) -> None:
+    with pytest.raises(TypeError, match="unknown event"):
+        residency.handle("acquire")  # type: ignore[arg-type]
