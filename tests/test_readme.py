@@ -38,7 +38,7 @@ def test_sparseflow_commands_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_scripts_that_are_named_exist() -> None:
-    for path in re.findall(r"(?:bash|python) (scripts/\S+)", README):
+    for path in re.findall(r"(?:bash|python) (scripts/[\w/.]+)", README):
         assert (ROOT / path).is_file(), path
 
 

@@ -1,5 +1,6 @@
 """The engine on real shards: bytes, leases, waits that end, damage that is told, and nothing left behind."""
 
+import errno
 import gc
 import os
 import signal
@@ -559,18 +560,36 @@ class Interrupted(KeyboardInterrupt):
 WORK = {f"{name}.py" for name in ("loader", "read_queue", "read_plan", "residency", "eviction", "shard_files")}
 
 
-@pytest.fixture
-def interrupt_work() -> Iterator[Callable[[float], None]]:
-    """(seconds) -> after them, `Interrupted` is raised once this thread is at the engine's work; 0: not at all."""
+class Interruption:
+    """Raises `Interrupted` in the main thread, once, as soon as that is at the engine's work, or wherever it is."""
 
-    def on_alarm(_number: int, frame: Any) -> None:
-        if Path(frame.f_code.co_filename).name in WORK:
+    def __init__(self) -> None:
+        self._is_due = False
+        self.anywhere = False
+
+    def on_alarm(self, _number: int, frame: Any) -> None:
+        if not self._is_due:
+            return
+        if self.anywhere or Path(frame.f_code.co_filename).name in WORK:
+            self._is_due = False
             raise Interrupted
         signal.setitimer(signal.ITIMER_REAL, 0.0002)
 
-    before = signal.signal(signal.SIGALRM, on_alarm)
-    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    def after(self, seconds: float) -> None:
+        self._is_due = True
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def call_off(self) -> None:
+        self._is_due = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.fixture
+def interruption() -> Iterator[Interruption]:
+    made = Interruption()
+    before = signal.signal(signal.SIGALRM, made.on_alarm)
+    yield made
+    made.call_off()
     signal.signal(signal.SIGALRM, before)
 
 
@@ -579,7 +598,7 @@ def test_interrupted_engine_goes_on_or_says_that_it_does_not(
     tmp_path: Path,
     open_engine: OpenEngine,
     io: str,
-    interrupt_work: Callable[[float], None],
+    interruption: Interruption,
     rng: np.random.Generator,
 ) -> None:
     """Ctrl-C while a model generates, then it generates again: nobody may wait for reads that were forgotten."""
@@ -589,12 +608,12 @@ def test_interrupted_engine_goes_on_or_says_that_it_does_not(
         engine = open_engine(shards, 3000, io)
         fetch = engine.fetch(0, some_ids(rng, 4000, 2000))
         try:
-            interrupt_work(float(rng.uniform(0.0005, 0.01)))
+            interruption.after(float(rng.uniform(0.0005, 0.01)))
             engine.wait(fetch, DEADLINE_S)
         except Interrupted:
             n_interrupted += 1
         finally:
-            interrupt_work(0)
+            interruption.call_off()
         engine.release(fetch)
         try:
             engine.settle(2)
@@ -603,6 +622,58 @@ def test_interrupted_engine_goes_on_or_says_that_it_does_not(
             n_told += 1
         engine.close()
     print(f"{n_interrupted} of 12 waits interrupted, {n_told} engines said that they do not go on")
+
+
+def test_thread_that_waits_is_not_left_alone_when_the_one_that_collects_is_interrupted(
+    open_engine: OpenEngine, intact: Shards, interruption: Interruption, slow_disk: SlowDisk
+) -> None:
+    engine = open_engine(intact, 30)
+    slow_disk.delay_s = 0.5
+    fetch = engine.fetch(0, neurons(1))
+
+    def wait_later() -> bool:
+        time.sleep(0.1)  # the main thread collects by now
+        return is_right(engine, intact, 1, neurons(2, 30))
+
+    other = InThread(wait_later)
+    interruption.anywhere = True
+    interruption.after(0.3)
+    with pytest.raises(Interrupted):
+        engine.wait(fetch, DEADLINE_S)  # does nothing but wait for the disk then
+    try:
+        assert other.result(5)
+    finally:
+        engine.close()
+
+
+class Failing:
+    """Something of the engine's that raises, as when a bug or a signal strikes it."""
+
+    def __init__(self, kind: type[BaseException], *arguments: Any) -> None:
+        self._kind, self._arguments = kind, arguments
+
+    def __call__(self, *_arguments: Any, **_options: Any) -> Any:
+        raise self._kind(*self._arguments)
+
+
+def test_broken_engine_says_so_at_once_lets_go_of_fetches_and_closes(
+    intact: Shards, monkeypatch: pytest.MonkeyPatch, nothing_left: None
+) -> None:
+    engine = opened(intact, 30)
+    held = engine.fetch(0, neurons(1, 2))
+    engine.wait(held, DEADLINE_S)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparseflow.engine.residency.Residency._place", Failing(Interrupted))
+        with pytest.raises(Interrupted):
+            engine.fetch(1, neurons(3))
+    for use in (lambda: engine.fetch(0, neurons(1)), lambda: engine.hint(0, neurons(1)), lambda: engine.wait(77, 20)):
+        begin = time.monotonic()
+        with pytest.raises(DiskError, match="open it again"):
+            use()
+        assert time.monotonic() - begin < 5
+    engine.release(held)
+    engine.counts()
+    engine.close()
 
 
 # --- which way to read
@@ -642,6 +713,35 @@ def test_arena_that_cannot_be_had_leaves_nothing_open(intact: Shards, nothing_le
 def test_unknown_eviction_leaves_nothing_open(intact: Shards, nothing_left: None) -> None:
     with pytest.raises((SparseFlowError, KeyError)):
         Engine(intact.folder, intact.manifest, 8, io="buffered", eviction="random")
+
+
+@pytest.mark.parametrize("io", ["auto", "direct", "buffered", "map"])
+@pytest.mark.parametrize("error", [Interrupted, DiskError])
+def test_opening_that_ends_while_the_disk_is_measured_leaves_nothing_open(
+    intact: Shards, monkeypatch: pytest.MonkeyPatch, nothing_left: None, io: str, error: type[BaseException]
+) -> None:
+    aio_rings = n_aio_rings()
+    monkeypatch.setattr("sparseflow.engine.disk_speed.measure", Failing(error))
+    with pytest.raises(error):
+        opened(intact, 8, io)
+    gc.collect()
+    assert n_aio_rings() == aio_rings
+    assert not [where.path for where in psutil.Process().memory_maps() if str(intact.folder) in where.path]
+
+
+def test_file_system_that_opens_for_direct_reads_but_refuses_them_is_as_one_that_does_not(
+    intact: Shards, monkeypatch: pytest.MonkeyPatch, nothing_left: None
+) -> None:
+    opened(intact, 4, "direct").close()  # skips where nothing is read directly
+    refusal = Failing(OSError, errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    monkeypatch.setattr("sparseflow.engine.shard_files.os.preadv", refusal)
+    with pytest.raises(DiskError, match=r"io='buffered'"):
+        Engine(intact.folder, intact.manifest, 8, io="direct")
+    engine = opened(intact, 8, "auto")
+    assert engine.io == "buffered"
+    assert engine.reasons
+    assert is_right(engine, intact, 0, neurons(1, 60))
+    engine.close()
 
 
 WITHOUT_DIRECT_IO = """

@@ -13,15 +13,22 @@ from transformers.generation.streamers import BaseStreamer
 
 from sparseflow import DiskWeightStore, OffloadStrategy, SparseFlowConfig, SparseOPTForCausalLM
 from sparseflow.errors import BadRequest
-from sparseflow.orchestration.density import FixedCrossover
+from sparseflow.orchestration.density import Crossover, FixedCrossover
 
 RATIOS = [0.5, 0.2, 0.05]
 SPARSE, DENSE = FixedCrossover(1.0), FixedCrossover(0.0)
 
 
+class PromptsDense:
+    """Steps of several tokens stream the whole layer, steps of one are sparse."""
+
+    def density(self, n_tokens: int) -> float:
+        return 1.0 if n_tokens == 1 else 0.0
+
+
 @contextmanager
 def opened(
-    name: Path, strategy: OffloadStrategy, crossover: FixedCrossover = SPARSE, **settings: Any
+    name: Path, strategy: OffloadStrategy, crossover: Crossover = SPARSE, **settings: Any
 ) -> Iterator[SparseOPTForCausalLM]:
     with DiskWeightStore(name, dtype="float32") as store:
         store.initialize_from_pretrained(strategy=strategy, **settings)
@@ -49,11 +56,11 @@ class ReadsPerToken(BaseStreamer):
 
 
 def check_reading(model: SparseOPTForCausalLM, reads: ReadsPerToken, ratio: float) -> None:
-    """Every step read something; with half of all bundles in memory, a step now and then finds all it needs there."""
+    """Every step read something; with half of all bundles in memory, some steps find all they need there."""
     fetches, per_step = model.stats.fetches, reads.per_step()
     assert fetches is not None
     assert fetches.evictions > 0
-    assert sum(n > 0 for n in per_step) >= (0.75 if ratio == 0.5 else 1) * len(per_step)
+    assert sum(n > 0 for n in per_step) >= (0.5 if ratio == 0.5 else 1) * len(per_step)
     assert model.stats.decode.dense_layer_share == 0
 
 
@@ -63,7 +70,7 @@ def test_demo_model_equals_dense(demo_model: Path, ratio: float) -> None:
     inputs = tokenizer("HAMLET.\nTo be, or not to be,", return_tensors="pt")
     settings = {"max_new_tokens": 120, "min_new_tokens": 120, "do_sample": False}
     dense = OPTForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval().generate(**inputs, **settings)
-    with opened(demo_model, OffloadStrategy(cpu_cache_ratio=ratio)) as model:
+    with opened(demo_model, OffloadStrategy(cpu_cache_ratio=ratio), PromptsDense()) as model:
         reads = ReadsPerToken(model)
         assert torch.equal(model.generate(**inputs, **settings, streamer=reads), dense)
         check_reading(model, reads, ratio)
@@ -77,7 +84,7 @@ def test_whole_family_equals_dense(name: str, ratio: float, family_checkpoint: C
     ids = opt_family.random_ids(reference.config, 1, 8)
     settings = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": True}
     outputs = []
-    with opened(checkpoint, OffloadStrategy(cpu_cache_ratio=ratio)) as model:
+    with opened(checkpoint, OffloadStrategy(cpu_cache_ratio=ratio), PromptsDense()) as model:
         reads = ReadsPerToken(model)
         for candidate, streamer in ((reference, None), (model, reads)):
             torch.manual_seed(5)
