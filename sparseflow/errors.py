@@ -5,7 +5,7 @@
     │   ├── UnsupportedModel             bad_request      not a ReLU OPT, or weights we cannot read
     │   └── PromptTooLong                bad_request      more positions than the model has
     ├── NotEnoughMemory                  bad_request      the memory given or free cannot hold what is asked
-    ├── ArenaBusy                        arena_busy       more slots than there are, or than can be had
+    ├── ArenaBusy                        arena_busy       more arena slots at once than there are
     ├── NotEnoughDisk                    disk_error       the disk cannot hold the store
     ├── DiskError                        disk_error       a file is missing, unreadable or not ours
     ├── ShardCorrupt                     shard_corrupt    bytes differ from their checksum
@@ -51,7 +51,7 @@ class DiskError(SparseFlowError, OSError):
 
 
 class ArenaBusy(SparseFlowError):
-    """More arena slots are needed than there are, or than others leave."""
+    """More arena slots are needed at once than there are."""
 
     wire_code = "arena_busy"
 

@@ -28,7 +28,7 @@ from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, UnsupportedM
 from sparseflow.store import codes, shard_format
 from sparseflow.store.manifest import DENSE_NAME, FORMAT_VERSION, Manifest, predictor_name, shard_name
 from sparseflow.store.profile import ModelProfile
-from sparseflow.store.shard_format import FileEntry, TensorFileWriter, TensorSpec
+from sparseflow.store.shard_format import FileEntry, TensorFileWriter, TensorSpec, hash_table, read_checksum_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,9 @@ class _Conversion:
                     self.source.release()
                     bar.update(nbytes)
         files = self.journal.finished | self._write_companions()
-        Manifest(self.profile, files, self.description).save(self.folder)
+        shards = [shard_name(layer) for layer in range(self.profile.num_layers)]
+        tables = {name: hash_table(read_checksum_table(self.folder / name)) for name in shards}
+        Manifest(self.profile, files, self.description, tables).save(self.folder)
         self.journal.remove()
         _sync_folder(self.folder)
 

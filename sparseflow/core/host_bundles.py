@@ -1,5 +1,6 @@
 """Where an open store keeps its bundles in this process: all of them mapped, or some of them in the engine's arena."""
 
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -72,14 +73,14 @@ class MappedBundles:
         self.mapped_nbytes = manifest.nbytes_under("neurons/")
         layers = range(profile.num_layers)
         self.n_resident = len(layers) * profile.ffn_dimension
-        self._bundles = [HostBundles(_as_tensor(self._shards.layer(n), profile), _NO_SLOTS) for n in layers]
+        self._bundles = [_as_tensor(self._shards.layer(n), profile) for n in layers]
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """Nothing to start."""
 
     def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "MappedFetch":
         """As `WeightSource.fetch`."""
-        return MappedFetch(HostBundles(self._bundles[layer].base, ids))
+        return MappedFetch(HostBundles(self._bundles[layer], ids))
 
     def counts(self) -> None:
         """Nothing is counted."""
@@ -124,7 +125,7 @@ class ArenaBundles:
     mapped_nbytes = 0
 
     def __init__(
-        self, store: Path, manifest: Manifest, n_slots: int, strategy: OffloadStrategy, io: str, fixed_nbytes: int
+        self, store: Path, manifest: Manifest, n_slots: int, strategy: OffloadStrategy, io: str, buffers_nbytes: int
     ) -> None:
         self._engine = Engine(store, manifest, n_slots, eviction="lru" if strategy.use_lru_eviction else "fifo", io=io)
         profile = manifest.profile
@@ -134,7 +135,7 @@ class ArenaBundles:
         self.disk_bytes_per_s: float | None = self._engine.speed.bytes_per_s(profile.bundle_nbytes)
         self.fetch_limit = max(1, min(profile.ffn_dimension, n_slots // 2))
         self.read_times = self._engine.read_times
-        self.private_nbytes = fixed_nbytes + self._engine.slots.nbytes
+        self.private_nbytes = buffers_nbytes + self._engine.slots.nbytes
 
     @property
     def n_resident(self) -> int:
@@ -145,7 +146,8 @@ class ArenaBundles:
         """As `WeightSource.hint`; without `async_transfer`, returns when the reads are done."""
         self._engine.hint(layer, ids)
         if self._waits_for_hints:
-            self._engine.settle(_HINT_TIMEOUT_S)
+            with suppress(TimeoutError):  # then the fetch will say so
+                self._engine.settle(_HINT_TIMEOUT_S)
 
     def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "ArenaFetch":
         """As `WeightSource.fetch`."""
@@ -188,9 +190,6 @@ class ArenaFetch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-_NO_SLOTS = np.empty(0, np.uint32)
 
 
 def _as_tensor(bundles: NDArray[np.uint8], profile: ModelProfile) -> "Tensor":

@@ -79,9 +79,9 @@ def require_memory(memory: str | int) -> None:
 
 
 def _widened_nbytes(manifest: Manifest) -> int:
-    """Biases in float32, as the kernels read them."""
+    """Biases in float32, as the kernels of scoring and of computing read them."""
     profile = manifest.profile
-    return 4 * profile.num_layers * (profile.ffn_dimension + profile.hidden_dimension)
+    return 8 * profile.num_layers * (profile.ffn_dimension + profile.hidden_dimension)
 
 
 def free_memory() -> int:

@@ -18,7 +18,7 @@ from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.host_bundles import ArenaBundles, BundleHolder, MappedBundles
 from sparseflow.core.memory_plan import plan_memory, require_memory
 from sparseflow.core.weight_source import Fetch, SourceStatus
-from sparseflow.engine.counts import ReadTimes
+from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.engine.reading import require_io
 from sparseflow.errors import BadRequest, DiskError, ShardCorrupt
 from sparseflow.store.codes import code_specs
@@ -117,6 +117,7 @@ class DiskWeightStore:
         self.model_files: Mapping[str, bytes] = {
             name: (self.path / name).read_bytes() for name in self.manifest.files if not name.endswith(".safetensors")
         }
+        self.close()
         self._holder = self._hold(strategy or OffloadStrategy())
         return self
 
@@ -168,6 +169,7 @@ class DiskWeightStore:
                 "give both the same strategy, or open the store a second time"
             )
         if differing:
+            plan_memory(self.path, self.manifest, strategy, self._memory)  # before anything is closed
             self._bundles.close()
             self._holder = None
             self._holder = self._hold(strategy)
@@ -195,6 +197,10 @@ class DiskWeightStore:
     def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
         """As `WeightSource.fetch`."""
         return self._bundles.fetch(layer, ids)
+
+    def counts(self) -> FetchCounts | None:
+        """As `WeightSource.counts`."""
+        return self._bundles.counts()
 
     def status(self) -> SourceStatus:
         """What is held now."""

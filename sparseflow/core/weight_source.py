@@ -123,6 +123,10 @@ class WeightSource(Protocol):
         """Ask for bundles; returns at once. ids: (n,) uint32, ascending, no repeats."""
         ...
 
+    def counts(self) -> FetchCounts | None:
+        """What all fetches of all users have cost so far; None where every bundle is resident. Cheap."""
+        ...
+
     def status(self) -> SourceStatus:
         """What is held now."""
         ...

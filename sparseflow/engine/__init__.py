@@ -1,1 +1,1 @@
-"""Bytes in memory, no torch: the resident shards of a store."""
+"""Bytes in memory: the arena, who is in it, and how bundles come from disk. No torch."""

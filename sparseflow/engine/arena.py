@@ -27,11 +27,6 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.slots: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8).reshape(n_slots, slot_nbytes)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return self.slots.nbytes
-
     def addresses(self, slots: NDArray[np.integer]) -> NDArray[np.uint64]:
         """Where slots begin in memory, (n,) uint64."""
         start, stride = self.slots.ctypes.data, self.slots.strides[0]

@@ -1,5 +1,6 @@
 """How fast this disk answers reads from random places: measured when a store is opened, in a fraction of a second."""
 
+import os
 import time
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ class _Probe:
         iovec["nbytes"] = nbytes
         n_reads = 0
         begin = time.perf_counter()
-        while n_reads < 4 * depth and time.perf_counter() - begin < _ENOUGH_S:
+        while not n_reads or (n_reads < 4 * depth and time.perf_counter() - begin < _ENOUGH_S):
             reads = np.zeros(depth, READ)
             reads["token"] = 1
             reads["opcode"], reads["iovecs"], reads["n_iovecs"] = READ_VECTOR, iovec.ctypes.data, 1
@@ -89,9 +90,11 @@ class _Probe:
         deadline = time.monotonic() + _TIMEOUT_S
         while ended < len(reads):
             if time.monotonic() > deadline:
-                self._queue.close()  # the memory must outlive what is under way
                 raise DiskError(f"{len(reads) - ended} reads did not end within {_TIMEOUT_S:g} s; check the disk")
             if started < len(reads):
                 started += self._queue.submit(reads[started:])
             self._queue.wait(started - ended, 1.0)
-            ended += len(self._queue.take().tokens)
+            finished = self._queue.take()
+            if len(failed := finished.results[finished.results < 0]):
+                raise DiskError(f"reading at random failed ({os.strerror(-int(failed[0]))}); check the disk")
+            ended += len(finished.tokens)

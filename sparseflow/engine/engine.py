@@ -6,6 +6,7 @@ because the kernel (or the reading threads) go on with the reads that were begun
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,9 +52,14 @@ class Engine:
             profile.num_layers, profile.ffn_dimension, n_slots, EVICTIONS[eviction](profile.num_layers, n_slots)
         )
         shards = ShardFiles(store, manifest)
-        self._reading: Reading = open_reading(shards, io)  # from here on there is something to close
-        reading = self._reading
-        self._loader = Loader(shards, self._arena, reading.queue, reading.speed, reading.alignment)
+        reading = self._reading = open_reading(shards, io)
+        try:
+            self._loader = Loader(shards, self._arena, reading.queue, reading.speed, reading.alignment)
+        except BaseException:
+            reading.close()
+            raise
+        # Holds all memory that reads may still write to, whoever forgets to close.
+        self._shut = weakref.finalize(self, _shut, self._loader, reading)
         self._changed = threading.Condition()
         self._is_collecting = False
         self._is_closed = False
@@ -153,6 +159,8 @@ class Engine:
         with self._changed:
             while fetch not in self._ended:
                 self._require_open()
+                if not self._residency.is_known(fetch):
+                    raise BadRequest(f"fetch {fetch} was released; ask for its bundles again")
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(self._why_late(timeout_s))
@@ -170,7 +178,7 @@ class Engine:
         """Say that nobody reads a fetch's slots any more. May be called twice."""
         with self._changed:
             self._ended.pop(fetch, None)
-            if not self._is_closed:
+            if not self._is_closed and self._broken_by is None:
                 self._handle(Release(fetch))
 
     def settle(self, timeout_s: float) -> None:
@@ -201,18 +209,20 @@ class Engine:
             deadline = time.monotonic() + _CLOSE_TIMEOUT_S
             while self._is_collecting and time.monotonic() < deadline:
                 self._changed.wait(0.1)
-        self._loader.close()
-        self._reading.close()
+        self._shut()
 
     def _collect(self, timeout_s: float) -> None:
         """Wait for reads with the lock open, and apply what came."""
         self._is_collecting = True
-        self._changed.release()
         try:
-            self._loader.wait(min(timeout_s, 1.0))
+            self._changed.release()
+            try:
+                self._loader.wait(min(timeout_s, 1.0))
+            finally:
+                self._changed.acquire()
         finally:
-            self._changed.acquire()
             self._is_collecting = False
+            self._changed.notify_all()
         self._apply_finished()
 
     def _collect_now(self) -> None:
@@ -273,3 +283,8 @@ class Engine:
             f"leased, reads {'are' if not self._loader.is_idle else 'none'} under way; "
             "release fetches before asking for more, or check the disk"
         )
+
+
+def _shut(loader: Loader, reading: Reading) -> None:
+    loader.close()
+    reading.close()

@@ -18,6 +18,7 @@ from sparseflow.errors import DiskError, ShardCorrupt, SparseFlowError
 _PAGE = 4096
 _LONGEST_SPAN_NBYTES = 64 << 10  # of reads that go through a cell
 _MOST_CELLS = 64
+_NEVER_ENDED: "list[Loader]" = []
 _REMEDY = "remove the store and convert the model again"
 
 
@@ -80,11 +81,6 @@ class Loader:
         """Nothing is under way or waiting to be."""
         return not self._batches
 
-    @property
-    def buffer_nbytes(self) -> int:
-        """Memory beside the arena."""
-        return int(self._scrap.nbytes + self._cells.nbytes)
-
     def reads_of(self, ids: NDArray[np.uint32]) -> read_plan.Reads:
         """How bundles of one layer would be read."""
         return read_plan.group(ids, self._shards.bundle_nbytes, self._gap_nbytes, self._longest_nbytes)
@@ -129,8 +125,16 @@ class Loader:
         return events
 
     def close(self) -> None:
-        """Wait for what is under way, and let the buffers go."""
-        self._queue.close()
+        """Wait for what is under way, and let the buffers go.
+
+        Raises:
+            DiskError: it does not end; all that it may write to is kept for ever.
+        """
+        try:
+            self._queue.close()
+        except DiskError:
+            _NEVER_ENDED.append(self)
+            raise
         self._batches.clear()
         self._not_begun.clear()
 
@@ -194,6 +198,9 @@ class Loader:
         what = f"{self._shards.paths[layer]}: layer {layer}, neuron {neuron}"
         if result < 0:
             return DiskError(f"{what} cannot be read ({os.strerror(-result)}); check the disk")
+        end = self._shards.start + (neuron + 1) * self._shards.bundle_nbytes
+        if not has_come and os.fstat(self._shards.fds[layer]).st_size >= end:
+            return DiskError(f"{what} was not read, the disk gave {result} bytes only; check the disk")
         if not has_come:
             return ShardCorrupt(f"{what} is missing, the file ends early; {_REMEDY}")
         return ShardCorrupt(f"{what} differs from its checksum; {_REMEDY}")

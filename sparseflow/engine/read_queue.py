@@ -14,6 +14,7 @@ import os
 import platform
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +44,7 @@ READ_VECTOR = 7  # IOCB_CMD_PREADV
 MOST_IOVECS = 1024  # IOV_MAX
 
 _MAPPED_AROUND_NBYTES = 64 << 10  # the kernel maps what it has cached of these bytes around a page that is touched
+_CLOSE_TIMEOUT_S = 60.0
 _EVENT = np.dtype([("token", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("result2", "<i8")])
 _SYSCALLS = {  # io_setup, io_destroy, io_getevents, io_submit
     "x86_64": (206, 207, 208, 209),
@@ -91,7 +93,11 @@ class ReadQueue(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for what is under way (the memory that it fills can be freed afterwards), and end."""
+        """Wait for what is under way (the memory that it fills can be freed afterwards), and end.
+
+        Raises:
+            DiskError: it does not end.
+        """
         ...
 
 
@@ -206,8 +212,11 @@ class ThreadQueue:
         """As `ReadQueue.close`."""
         for _ in self._threads:
             self._begun.put(None)
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         for thread in self._threads:
-            thread.join(timeout=60)
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            raise DiskError(f"reads did not end within {_CLOSE_TIMEOUT_S:g} s of closing; their memory is kept")
         self._threads = []
 
 

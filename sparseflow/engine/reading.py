@@ -91,4 +91,9 @@ def _measure(shards: ShardFiles, queue: ReadQueue, alignment: int) -> DiskSpeed:
     nbytes = -(-shards.bundle_nbytes // alignment) * alignment
     start = -(-shards.start // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
     region = shards.ffn_dim * shards.bundle_nbytes // alignment * alignment
-    return disk_speed.measure(queue, shards.fds, start, region, nbytes)
+    try:
+        return disk_speed.measure(queue, shards.fds, start, region, nbytes)
+    except BaseException:
+        queue.close()
+        shards.close()
+        raise

@@ -106,7 +106,6 @@ class Counts:
 
 @dataclass(slots=True)
 class _Lease:
-    layer: int
     slots: NDArray[np.int64]
     is_ready: bool
 
@@ -147,6 +146,10 @@ class Residency:
     def resident(self, layer: int, ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which bundles have a slot, filled or being filled. (n,) bool."""
         return np.asarray(self._slot_of[layer, ids] != ABSENT)
+
+    def is_known(self, fetch: int) -> bool:
+        """Whether a fetch was acquired and is not over."""
+        return fetch in self._leases or any(fetch == waiting.fetch for waiting in self._waiting)
 
     def arrived(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of the slots that a fetch leases, those that are filled: positions among its ids, and slots."""
@@ -189,7 +192,7 @@ class Residency:
             self.counts.hits += len(hits)
             self.counts.misses += n_missing
             is_ready = not self._is_loading[slots].any()
-            self._leases[fetch.fetch] = _Lease(fetch.layer, slots, is_ready)
+            self._leases[fetch.fetch] = _Lease(slots, is_ready)
             if is_ready:
                 instructions.append(Ready(fetch.fetch, slots))
         return instructions

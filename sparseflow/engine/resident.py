@@ -8,9 +8,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from sparseflow.engine.shard_files import require_shard
 from sparseflow.errors import ShardCorrupt
 from sparseflow.store.manifest import Manifest, check_size, shard_name
-from sparseflow.store.shard_format import bundle_checksums, map_file, read_places, shard_specs
+from sparseflow.store.shard_format import bundle_checksums, map_file, shard_specs
 
 
 class ResidentShards:
@@ -45,12 +46,8 @@ class ResidentShards:
 
 def _map_shard(store: Path, layer: int, manifest: Manifest) -> tuple[mmap.mmap, NDArray[np.uint8]]:
     profile, path = manifest.profile, store / shard_name(layer)
-    places = read_places(path)
     expected = shard_specs(profile.ffn_dimension, profile.hidden_dimension, profile.dtype)
-    if [place.spec for place in places.values()] != expected:
-        raise ShardCorrupt(
-            f"{path}: holds {list(places)}, not the bundles of this model; remove the store and convert the model again"
-        )
+    places = require_shard(path, expected)
     mapping = map_file(path)
     content = np.frombuffer(mapping, np.uint8)
     start, end = places["bundles"].offset, places["checksums"].offset

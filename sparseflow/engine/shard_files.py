@@ -11,9 +11,18 @@ from numpy.typing import NDArray
 
 from sparseflow.errors import DiskError, ShardCorrupt
 from sparseflow.store.manifest import Manifest, check_size, shard_name
-from sparseflow.store.shard_format import TensorPlace, TensorSpec, bundle_checksums, read_places, shard_specs
+from sparseflow.store.shard_format import (
+    TensorPlace,
+    TensorSpec,
+    bundle_checksums,
+    hash_table,
+    read_checksum_table,
+    read_places,
+    shard_specs,
+)
 
 _ALIGNMENTS = (512, 1024, 2048, 4096)  # bytes; what direct I/O asks for on the disks there are
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # what file systems without direct I/O answer
 
 
 class ShardFiles:
@@ -32,9 +41,13 @@ class ShardFiles:
         self.checksums = np.empty((profile.num_layers, profile.ffn_dimension), np.uint64)
         for layer, path in enumerate(self.paths):
             check_size(store, shard_name(layer), manifest.files[shard_name(layer)])
-            places = require_shard(path, expected)
-            self.start = places["bundles"].offset
-            self.checksums[layer] = np.fromfile(path, "<u8", self.ffn_dim, offset=places["checksums"].offset)
+            self.start = require_shard(path, expected)["bundles"].offset
+            self.checksums[layer] = read_checksum_table(path)
+            if hash_table(self.checksums[layer]) != manifest.checksum_tables[shard_name(layer)]:
+                raise ShardCorrupt(
+                    f"{path}: layer {layer}, its checksums are not those of this store; "
+                    "remove the store and convert the model again"
+                )
         self.fds: list[int] = []
 
     def open(self, *, direct: bool) -> int | None:
@@ -48,16 +61,20 @@ class ShardFiles:
                 self.fds.append(os.open(path, flags))
         except OSError as error:
             self.close()
-            if direct and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            if direct and error.errno in _REFUSALS:
                 return None
-            raise DiskError(f"{error.filename}: cannot be opened ({error.strerror}); check its permissions") from error
+            remedy = "raise `ulimit -n`" if error.errno == errno.EMFILE else "check its permissions"
+            raise DiskError(f"{error.filename}: cannot be opened ({error.strerror}); {remedy}") from error
         if not direct:
             for fd in self.fds:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: neighbours are seldom wanted
             return 1
-        alignment = next((n for n in _ALIGNMENTS if _reads_aligned_to(self.fds[0], n)), None)
-        if alignment is None:
-            self.close()
+        alignment = None
+        try:
+            alignment = next((n for n in _ALIGNMENTS if _reads_aligned_to(self.fds[0], n)), None)
+        finally:
+            if alignment is None:
+                self.close()
         return alignment
 
     def are_intact(
@@ -98,6 +115,6 @@ def _reads_aligned_to(fd: int, alignment: int) -> bool:
     try:
         return os.preadv(fd, [memory], alignment) >= 0
     except OSError as error:
-        if error.errno == errno.EINVAL:
+        if error.errno in _REFUSALS:
             return False
         raise DiskError(f"direct I/O: {error.strerror}; use buffered reads (io='buffered')") from error

@@ -163,6 +163,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             BadRequest: a device, dtype or fidelity that cannot be served.
         """
         _require_match(config, source)
+        require_fidelity(fidelity)
         source.use_strategy(config.strategy)
         hf_config = copy.deepcopy(config.hf_config) or OPTConfig.from_dict(
             json.loads(source.model_files["config.json"])
@@ -227,10 +228,13 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         strategy = strategy or OffloadStrategy()
         store = DiskWeightStore(name, cache_dir, dtype=stored_dtype, quiet=quiet)
         store.initialize_from_pretrained(strategy=strategy, memory=memory, io=io)
-        config = SparseFlowConfig(store.profile, strategy, primary_device=device)
-        model = cls(config, store, fidelity=fidelity)
-        if attn_implementation is not None:
-            model.set_attn_implementation(attn_implementation)
+        try:
+            model = cls(SparseFlowConfig(store.profile, strategy, primary_device=device), store, fidelity=fidelity)
+            if attn_implementation is not None:
+                model.set_attn_implementation(attn_implementation)
+        except BaseException:
+            store.close()
+            raise
         return model
 
     @property

@@ -22,6 +22,8 @@ from sparseflow.kernels.bounds import CodedRows, Margin, candidates
 # Probability that one token misses any active neuron in any layer under `exact`.
 EXACT_FAILURE_PROBABILITY = 1e-6
 
+_WIDENED_AT_ONCE = 1024  # neurons whose weights an audit holds in float64
+
 FIDELITIES = ("exact", "certified", "dense", "oracle")
 
 
@@ -75,8 +77,9 @@ class OraclePredictor:
 def active_neurons(source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor) -> NDArray[np.uint32]:
     """Neurons whose pre-activation, in float64, is above 0 for at least one token."""
     found = []
-    for start in range(0, source.profile.ffn_dimension, source.fetch_limit):
-        ids = np.arange(start, min(start + source.fetch_limit, source.profile.ffn_dimension), dtype=np.uint32)
+    n_at_once = min(source.fetch_limit, _WIDENED_AT_ONCE)
+    for start in range(0, source.profile.ffn_dimension, n_at_once):
+        ids = np.arange(start, min(start + n_at_once, source.profile.ffn_dimension), dtype=np.uint32)
         with source.fetch(layer, ids) as fetch:
             bundles = fetch.wait(FETCH_TIMEOUT_S)
             rows = bundles.base[torch.from_numpy(bundles.slots.astype(np.int64)), 0].double()

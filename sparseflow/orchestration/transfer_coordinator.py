@@ -20,7 +20,7 @@ from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles, WeightSo
 from sparseflow.engine.counts import FetchCounts
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
-from sparseflow.kernels.sparse_mlp import SparseMLPOutput, sparse_mlp
+from sparseflow.kernels.sparse_mlp import sparse_mlp
 from sparseflow.orchestration.density import Crossover, MeasuredCrossover, Trial
 from sparseflow.orchestration.lookahead import Lookahead
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor, active_neurons, fc1_biases
@@ -104,7 +104,7 @@ class TransferCoordinator:
         self.lookahead = Lookahead(source.read_times, profile.ffn_dimension)
         self._norms = norms
         self._scoring_s = 0.0
-        self._counted = source.status().counts or FetchCounts()
+        self._counted = source.counts() or FetchCounts()
         self._biases = biases
         fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
         self._no_bias = torch.zeros(profile.hidden_dimension)
@@ -145,7 +145,7 @@ class TransferCoordinator:
         return y.to(x.dtype)
 
     def _fetches_since_last_step(self) -> FetchCounts | None:
-        counted = self.source.status().counts
+        counted = self.source.counts()
         if counted is None:
             return None
         since, self._counted = counted - self._counted, counted
@@ -176,54 +176,59 @@ class TransferCoordinator:
     def _sparse(self, layer: int, ids: NDArray[np.uint32], x: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
         """The chosen neurons, in as many parts as their bundles need."""
         fc1_bias, fc2_bias = self._wide_biases[layer]
-        sums: list[SparseMLPOutput] = []
+        total: Tensor | None = None
+        n_active = 0
 
         def add(bundles: HostBundles, computed: NDArray[np.uint32]) -> None:
-            bias = self._no_bias if sums else fc2_bias
-            sums.append(sparse_mlp(bundles.base, bundles.slots, computed, fc1_bias, bias, x))
+            nonlocal total, n_active
+            bias = fc2_bias if total is None else self._no_bias
+            y, active = sparse_mlp(bundles.base, bundles.slots, computed, fc1_bias, bias, x)
+            total = y if total is None else total.add_(y)
+            n_active += active
 
         parts = _parts(ids, self.source.fetch_limit)
         for n, part in enumerate(parts):
             with self.source.fetch(layer, part) as fetch:
-                if n + 1 < len(parts):
-                    self.source.hint(layer, parts[n + 1])
-                elif self.lookahead.from_before:
+                is_last = n + 1 == len(parts)
+                if is_last and self.lookahead.from_before:
                     self._look_ahead(layer + 1, hidden)
                 early, positions = fetch.early()
                 add(early, part[positions])
                 if len(positions) < len(part):
                     bundles = fetch.wait(FETCH_TIMEOUT_S)
+                    if not is_last:
+                        self.source.hint(layer, parts[n + 1])
                     late = np.delete(np.arange(len(part)), positions)
                     add(HostBundles(bundles.base, bundles.slots[late]), part[late])
-        y, *others = (each.y for each in sums)
-        for other in others:
-            y += other
-        return y, sum(each.n_active for each in sums)
+        assert total is not None  # there is one part at least
+        return total, n_active
 
     def _dense(self, layer: int, x: Tensor) -> tuple[Tensor, int]:
         """All neurons, streamed in parts where not all are in memory: one is computed while the next is read."""
-        parts = _parts(self._everything, self._dense_part)
+        parts = _parts(self._everything, self._n_dense_neurons)
         following = [*parts[1:], parts[0]]
-        total, n_active = torch.zeros_like(x), 0
+        total: Tensor | None = None
+        n_active = 0
         for n, part in enumerate(parts):
             with self.source.fetch(layer, part) as fetch:
+                bundles = fetch.wait(FETCH_TIMEOUT_S)
                 next_layer = layer + (n + 1 == len(parts))
                 if self.lookahead.mode != "off" and next_layer < self.source.profile.num_layers:
                     self.source.hint(next_layer, following[n])
-                bundles = fetch.wait(FETCH_TIMEOUT_S)
-                y, active = self._dense_part_of(layer, part, bundles, x, is_first=n == 0)
-            total = y if n == 0 else total.float().add_(y)
+                y, active = self._compute_dense(layer, part, bundles, x, is_first=n == 0)
+            total = y if total is None else total.float().add_(y)
             n_active += active
+        assert total is not None  # there is one part at least
         return total, n_active
 
     @property
-    def _dense_part(self) -> int:
+    def _n_dense_neurons(self) -> int:
         """Neurons of a dense layer step that are computed together."""
         most = DENSE_PART_NBYTES // self.source.profile.bundle_nbytes
         is_mapped = self.source.fetch_limit == len(self._everything) and not self.source.read_times.layer_s
         return len(self._everything) if is_mapped else max(1, min(self.source.fetch_limit, most))
 
-    def _dense_part_of(
+    def _compute_dense(
         self, layer: int, ids: NDArray[np.uint32], bundles: HostBundles, x: Tensor, *, is_first: bool
     ) -> tuple[Tensor, int]:
         base, slots = bundles.base, bundles.slots.astype(np.int64)
@@ -256,11 +261,12 @@ class TransferCoordinator:
             active = active_neurons(self.source, layer, x, self._wide_biases[layer][0])
             counts.audited += len(active)
             counts.missed += 0 if ids is None else len(np.setdiff1d(active, ids, assume_unique=True))
+            self._fetches_since_last_step()  # what the audit read is no step's
 
     def _measured_crossover(self) -> MeasuredCrossover:
         n_neurons = len(self._everything)
         sample = _parts(self._everything[::_SAMPLE_STEP].copy(), self.source.fetch_limit)[0]
-        part = self._everything[: self._dense_part]
+        part = self._everything[: self._n_dense_neurons]
         hidden = self.source.profile.hidden_dimension
 
         def choose(n_tokens: int) -> None:
@@ -277,7 +283,7 @@ class TransferCoordinator:
             with self.source.fetch(0, part) as fetch:
                 bundles = fetch.wait(FETCH_TIMEOUT_S)
                 x = torch.zeros(n_tokens, hidden, dtype=bundles.base.dtype)
-                self._dense_part_of(0, part, bundles, x, is_first=True)
+                self._compute_dense(0, part, bundles, x, is_first=True)
 
         return MeasuredCrossover(
             choose,

@@ -13,7 +13,7 @@ The manifest is written last. A folder without one is not a store.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +23,7 @@ from sparseflow.errors import DiskError, ShardCorrupt
 from sparseflow.store.profile import DTYPE_NBYTES, ModelProfile
 from sparseflow.store.shard_format import FileEntry, hash_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 DENSE_NAME = "dense.safetensors"
 _MANIFEST_LIMIT_NBYTES = 64 << 20
@@ -47,11 +47,14 @@ class Manifest:
     neuron_permutation: layer -> the checkpoint's neuron at each position of the store; None where the order is the
     checkpoint's own.
     source: what was converted: name, dtype of the checkpoint, seed of the rounding.
+    checksum_tables: path of a shard -> xxh3-64 (hexadecimal) of its table of bundle checksums: what ties a bundle that
+    is read alone to this store, layer and neuron.
     """
 
     profile: ModelProfile
     files: Mapping[str, FileEntry]
     source: Mapping[str, Any]
+    checksum_tables: Mapping[str, str] = field(default_factory=dict)
     neuron_permutation: Mapping[int, list[int]] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -60,7 +63,7 @@ class Manifest:
         """Identifies the weights and their layout."""
         layout = asdict(replace(self.profile, model_identifier="", layer_sparsity_map=None))
         weights = {name: asdict(entry) for name, entry in self.files.items() if not _is_predictors(name)}
-        return _fingerprint([self.format_version, layout, self.neuron_permutation, weights])
+        return _fingerprint([self.format_version, layout, self.neuron_permutation, weights, self.checksum_tables])
 
     @property
     def predictors_fingerprint(self) -> str:
@@ -78,9 +81,11 @@ class Manifest:
         """
         layers = range(self.profile.num_layers)
         expected = {"config.json", DENSE_NAME, *map(shard_name, layers), *map(predictor_name, layers)}
-        if missing := expected - self.files.keys():
+        tables = {f"checksum table of {shard_name(layer)}" for layer in layers}
+        listed = self.files.keys() | {f"checksum table of {name}" for name in self.checksum_tables}
+        if missing := (expected | tables) - listed:
             raise ShardCorrupt(
-                f"{store / MANIFEST_NAME}: {len(missing)} files are not listed, {min(missing)} first; "
+                f"{store / MANIFEST_NAME}: {len(missing)} parts are not listed, {min(missing)} first; "
                 "remove the store and convert the model again"
             )
 
@@ -153,7 +158,9 @@ class Manifest:
         permutation = content["neuron_permutation"]
         if permutation is not None:
             permutation = {int(layer): order for layer, order in permutation.items()}
-        manifest = cls(profile, files, content["source"], permutation, content["format_version"])
+        manifest = cls(
+            profile, files, content["source"], content["checksum_tables"], permutation, content["format_version"]
+        )
         if content["fingerprint"]["weights"] != manifest.weights_fingerprint:
             raise ValueError("the weights' fingerprint is not that of the files listed")
         if content["fingerprint"]["predictors"] != manifest.predictors_fingerprint:

@@ -199,6 +199,21 @@ def bundle_checksums(bundles: Iterable[Any]) -> NDArray[np.uint64]:
     return np.fromiter((digest(bundle) for bundle in bundles), np.uint64)
 
 
+def read_checksum_table(path: Path) -> NDArray[np.uint64]:
+    """The checksums in a shard, one a bundle: (ffn_dim,) uint64.
+
+    Raises:
+        DiskError, ShardCorrupt: as `read_places`.
+    """
+    place = read_places(path)["checksums"]
+    return np.fromfile(path, "<u8", place.spec.shape[0], offset=place.offset)
+
+
+def hash_table(checksums: NDArray[np.uint64]) -> str:
+    """xxh3-64 of a checksum table, hexadecimal, as the manifest has it."""
+    return xxhash.xxh3_64_hexdigest(checksums.data)
+
+
 def shard_specs(ffn_dim: int, hidden: int, dtype: str) -> list[TensorSpec]:
     """The tensors of one layer's shard; `dtype` as in `ModelProfile`."""
     return [

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from sparseflow.store.manifest import Manifest, shard_name
 from sparseflow.store.profile import ModelProfile
-from sparseflow.store.shard_format import FileEntry, TensorFileWriter, bundle_checksums, read_places, shard_specs
+from sparseflow.store.shard_format import (
+    FileEntry,
+    TensorFileWriter,
+    bundle_checksums,
+    hash_table,
+    read_checksum_table,
+    read_places,
+    shard_specs,
+)
 
 STRAIGHT = 512  # bytes of a bundle: a multiple of what direct I/O asks for on most disks
 BUNDLE_SIZES = {"512": 512, "4096": 4096, "96": 96, "128": 128, "1600": 1600}
@@ -36,7 +44,9 @@ class Shards:
         assert self.profile.bundle_nbytes == bundle_nbytes
         self.n_layers, self.ffn_dim, self.bundle_nbytes = n_layers, ffn_dim, bundle_nbytes
         (folder / "neurons").mkdir(parents=True)
-        self.manifest = Manifest(self.profile, {shard_name(n): self._write(n) for n in range(n_layers)}, {})
+        files = {shard_name(n): self._write(n) for n in range(n_layers)}
+        tables = {shard_name(n): hash_table(read_checksum_table(self.path(n))) for n in range(n_layers)}
+        self.manifest = Manifest(self.profile, files, {}, tables)
         self.start = read_places(self.path(0))["bundles"].offset
 
     def _write(self, layer: int) -> FileEntry:

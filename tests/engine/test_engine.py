@@ -467,7 +467,26 @@ def test_missing_shard_and_shard_of_another_size_are_refused_when_opened(tmp_pat
         opened(shards, 8)
 
 
+def test_shard_of_another_layer_is_refused_when_opened(tmp_path: Path, nothing_left: None) -> None:
+    """Its bundles agree with its own checksums, and its size is right."""
+    shards = Shards(tmp_path / "store")
+    shards.path(2).write_bytes(shards.path(0).read_bytes())
+    with pytest.raises(ShardCorrupt, match=r"layer-002.*its checksums are not those of this store"):
+        opened(shards, 8)
+
+
 # --- the end
+
+
+@all_io
+def test_engine_that_is_forgotten_lets_go_of_all(tmp_path: Path, io: str, nothing_left: None) -> None:
+    """With reads under way, whose memory must outlive them."""
+    shards = Shards(tmp_path / "store", ffn_dim=400)
+    for _ in range(5):
+        engine = opened(shards, 300, io)
+        engine.fetch(0, np.arange(300, dtype=np.uint32))
+        del engine
+        gc.collect()
 
 
 @all_io

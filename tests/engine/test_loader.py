@@ -371,10 +371,3 @@ def test_close_waits_for_what_is_under_way_and_may_be_called_twice(
     assert (b.arena.slots == EMPTY).all()
     assert b.loader.is_idle
     b.close()
-
-
-def test_buffers_are_counted(bench: Callable[..., Bench]) -> None:
-    straight, crooked = bench("buffered", gap_nbytes=10_000), bench("direct", bundle_nbytes=96)
-    assert straight.loader.buffer_nbytes == 12_288  # a scrap of whole pages
-    cells = 8 * (64 << 10)
-    assert cells < crooked.loader.buffer_nbytes <= 2 * cells

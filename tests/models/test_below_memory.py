@@ -153,3 +153,14 @@ def test_other_strategy_than_the_stores_is_refused(family_store: Callable[..., P
         store.initialize_from_pretrained(strategy=OffloadStrategy(cpu_cache_ratio=0.5))
         with pytest.raises(BadRequest, match="other cpu_cache_ratio; give both the same strategy"):
             SparseOPTForCausalLM(SparseFlowConfig(store.profile, OffloadStrategy(cpu_cache_ratio=0.2)), store)
+
+
+def test_audits_are_not_counted_as_reading(demo_model: Path) -> None:
+    rates = []
+    for audit_every in (0, 1):
+        with opened(demo_model, OffloadStrategy(cpu_cache_ratio=0.5)) as model:
+            model.coordinator.audit_every = audit_every
+            model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False)
+            assert model.stats.fetches is not None
+            rates.append(model.stats.fetches.hits + model.stats.fetches.misses)
+    assert rates[0] == rates[1]

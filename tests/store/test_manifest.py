@@ -39,7 +39,8 @@ FILES = {
     predictor_name(0): FileEntry(400, "00000000000000dd"),
     "config.json": FileEntry(50, "00000000000000ee"),
 }
-MANIFEST = Manifest(PROFILE, FILES, {"name": "facebook/opt-tiny", "dtype": "float16", "rounding_seed": 7})
+TABLES = {shard_name(0): "00000000000000ab", shard_name(1): "00000000000000ac"}
+MANIFEST = Manifest(PROFILE, FILES, {"name": "facebook/opt-tiny", "dtype": "float16", "rounding_seed": 7}, TABLES)
 
 
 def edit(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -116,6 +117,7 @@ WEIGHT_CHANGES = {
     "the dense weights": with_file(DENSE_NAME, OTHER),
     "config.json": with_file("config.json", OTHER),
     "one more file": with_file("tokenizer.json"),
+    "a table of checksums": replace(MANIFEST, checksum_tables=TABLES | {shard_name(0): "00000000000000ad"}),
     "the order of neurons": replace(MANIFEST, neuron_permutation={0: [1, 0]}),
     "the dtype": replace(MANIFEST, profile=replace(PROFILE, dtype="float16")),
     "a size": replace(MANIFEST, profile=replace(PROFILE, ffn_dimension=128)),
@@ -196,13 +198,13 @@ UNREADABLE = {
     "empty": b"",
     "not JSON": b"bundles of neurons",
     "not text": b"\xff\xfe\x00\xd8",
-    "cut short": b'{"format_version": 1, "profile"',
+    "cut short": b'{"format_version": 2, "profile"',
     "null": b"null",
     "number": b"1",
     "text": b'"format_version"',
     "list": b"[]",
     "no version": b"{}",
-    "no profile": b'{"format_version": 1}',
+    "no profile": b'{"format_version": 2}',
     "nested out of all reason": b"[" * 100_000,
 }
 
