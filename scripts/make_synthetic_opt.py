@@ -38,7 +38,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.converter import convert
-from sparseflow.core.sizes import format_size
+from sparseflow.utils.sizes import format_size
 from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, SparseFlowError
 from sparseflow.store.profile import DTYPE_NBYTES
 from sparseflow.store.shard_format import DTYPE_CODES, TensorFileWriter, TensorSpec, file_nbytes

@@ -9,7 +9,15 @@
     ├── NotEnoughDisk                    disk_error       the disk cannot hold the store
     ├── DiskError                        disk_error       a file is missing, unreadable or not ours
     ├── ShardCorrupt                     shard_corrupt    bytes differ from their checksum
-    └── FingerprintMismatch              fingerprint_mismatch   two things that must belong together do not
+    ├── FingerprintMismatch              fingerprint_mismatch   two things that must belong together do not
+    │   └── ProtocolMismatch             protocol_mismatch      client and server of different versions
+    ├── NoSuchModel                      no_such_model    the server has no model of that name
+    ├── NotPermitted                     not_permitted    a peer that may not have what it asks for
+    ├── Resync                           resync           the server does not know what a request builds on
+    ├── Draining                         draining         the server is ending
+    └── ServerError                      internal         a weight server cannot be reached, or failed
+        ├── ServerNotRunning             internal         nobody answers under that name
+        └── NoAnswer                     internal         somebody does, but not in time
 
 A message names the value, the limit and the remedy. `BadRequest` is also a ValueError and the disk errors are also
 OSErrors, so that callers who know only the standard library catch them too.
@@ -70,3 +78,59 @@ class FingerprintMismatch(SparseFlowError):
     """Two parts that must come from the same model do not."""
 
     wire_code = "fingerprint_mismatch"
+
+
+class ProtocolMismatch(FingerprintMismatch):
+    """Client and server speak different versions of the protocol."""
+
+    wire_code = "protocol_mismatch"
+
+
+class NoSuchModel(SparseFlowError, LookupError):
+    """The server does not serve this model."""
+
+    wire_code = "no_such_model"
+
+
+class NotPermitted(SparseFlowError, PermissionError):
+    """The peer may not have what it asks for."""
+
+    wire_code = "not_permitted"
+
+
+class Resync(SparseFlowError):
+    """A request builds on a session or a set that the server does not have; its sender starts afresh."""
+
+    wire_code = "resync"
+
+
+class Draining(SparseFlowError):
+    """The server is ending, and begins nothing new."""
+
+    wire_code = "draining"
+
+
+class ServerError(SparseFlowError):
+    """A weight server failed, or cannot be reached."""
+
+
+class ServerNotRunning(ServerError, ConnectionError):
+    """No weight server of that name runs."""
+
+
+class NoAnswer(ServerError, TimeoutError):
+    """The weight server runs, but does not answer in time."""
+
+
+_OF_WIRE_CODE: dict[str, type[SparseFlowError]] = {
+    cls.wire_code: cls
+    for cls in (
+        *(BadRequest, ArenaBusy, DiskError, ShardCorrupt, FingerprintMismatch, ProtocolMismatch),
+        *(NoSuchModel, NotPermitted, Resync, Draining, ServerError),
+    )
+}
+
+
+def of_wire_code(code: str, text: str) -> SparseFlowError:
+    """The error that a peer tells of."""
+    return _OF_WIRE_CODE.get(code, ServerError)(text)

@@ -14,9 +14,11 @@ PACKAGE = Path(sparseflow.__file__).parent
 # A part may import itself, its own row and the rows above it. A new part needs a place here.
 LAW = [
     {"assets", "errors"},
+    {"protocol"},
     {"store", "utils"},
     {"engine"},
     {"core"},
+    {"client"},
     {"kernels", "orchestration"},
     {"models"},
     {"cli", "examples", "__main__"},
@@ -26,7 +28,7 @@ RANKS = {part: rank for rank, row in enumerate(LAW) for part in row}
 # The package's own face: its lazy names come from anywhere, so only people's entry points may import from it.
 FACE = "__init__"
 
-TORCH_FREE = ("errors", "store", "engine")
+TORCH_FREE = ("errors", "protocol", "store", "engine")
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

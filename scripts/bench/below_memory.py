@@ -46,7 +46,7 @@ from memory_cgroup import (
     swap_nbytes,
 )
 
-from sparseflow.core.sizes import format_size, parse_size
+from sparseflow.utils.sizes import format_size, parse_size
 from sparseflow.errors import SparseFlowError
 
 RIVALS = ("sparseflow", "disk_offload", "partial_offload")

@@ -21,8 +21,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Convert, and say what was made."""
     from sparseflow.core.checkpoint import Checkpoint, locate, model_name
     from sparseflow.core.converter import convert
-    from sparseflow.core.sizes import format_size
     from sparseflow.store.manifest import Manifest
+    from sparseflow.utils.sizes import format_size
 
     store = convert(
         Checkpoint(locate(arguments.model), model_name(arguments.model)),

@@ -8,7 +8,8 @@ import torch
 from transformers import TextStreamer
 
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
-from sparseflow.utils.tensor_ops import process_memory, read_bandwidth
+from sparseflow.utils.process_memory import process_memory
+from sparseflow.utils.tensor_ops import read_bandwidth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,12 +23,12 @@ from sparseflow.core.checkpoint import COMPANION_FILES, Checkpoint
 from sparseflow.core.config import dtype_name, profile_of
 from sparseflow.core.dense_layout import DenseTensor, dense_tensors
 from sparseflow.core.journal import Journal
-from sparseflow.core.sizes import format_size
 from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, UnsupportedModel
 from sparseflow.store import codes, shard_format
 from sparseflow.store.manifest import DENSE_NAME, FORMAT_VERSION, Manifest, predictor_name, shard_name
 from sparseflow.store.profile import ModelProfile
 from sparseflow.store.shard_format import FileEntry, TensorFileWriter, TensorSpec, hash_table, read_checksum_table
+from sparseflow.utils.sizes import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparseflow.core.config import OffloadStrategy
+from sparseflow.core.tensor_views import view_bundles
 from sparseflow.core.weight_source import Early, Fetch, HostBundles
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.engine.engine import Engine
 from sparseflow.engine.resident import ResidentShards
 from sparseflow.store.manifest import Manifest
-from sparseflow.store.profile import ModelProfile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class MappedBundles:
         self.mapped_nbytes = manifest.nbytes_under("neurons/")
         layers = range(profile.num_layers)
         self.n_resident = len(layers) * profile.ffn_dimension
-        self._bundles = [_as_tensor(self._shards.layer(n), profile) for n in layers]
+        self._bundles = [view_bundles(self._shards.layer(n), profile) for n in layers]
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """Nothing to start."""
@@ -130,7 +130,7 @@ class ArenaBundles:
         self._engine = Engine(store, manifest, n_slots, eviction="lru" if strategy.use_lru_eviction else "fifo", io=io)
         profile = manifest.profile
         self._waits_for_hints = not strategy.async_transfer
-        self._base = _as_tensor(self._engine.slots, profile)
+        self._base = view_bundles(self._engine.slots, profile)
         self.io, self.reasons = self._engine.io, self._engine.reasons
         self.disk_bytes_per_s: float | None = self._engine.speed.bytes_per_s(profile.bundle_nbytes)
         self.fetch_limit = max(1, min(profile.ffn_dimension, n_slots // 2))
@@ -190,11 +190,3 @@ class ArenaFetch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-def _as_tensor(bundles: NDArray[np.uint8], profile: ModelProfile) -> "Tensor":
-    """(n, bundle_nbytes) uint8 as (n, 2, hidden) of the store's dtype."""
-    import torch
-
-    shape = (len(bundles), profile.parts_per_bundle, profile.hidden_dimension)
-    return torch.from_numpy(bundles).view(getattr(torch, profile.dtype)).view(shape)

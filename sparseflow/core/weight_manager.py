@@ -1,9 +1,7 @@
 """The weight source inside the process: `DiskWeightStore` runs the engine here. And `WeightCache`, device slots."""
 
-import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
@@ -11,39 +9,24 @@ from typing import TYPE_CHECKING, NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseflow.core.checkpoint import Checkpoint, locate, model_name
 from sparseflow.core.config import OffloadStrategy, dtype_name, require_same_network
-from sparseflow.core.converter import convert
 from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.host_bundles import ArenaBundles, BundleHolder, MappedBundles
-from sparseflow.core.memory_plan import plan_memory, require_memory
+from sparseflow.core.store_home import find_or_convert
+from sparseflow.core.tensor_views import map_tensors, predictor_specs
 from sparseflow.core.weight_source import Fetch, SourceStatus
 from sparseflow.engine.counts import FetchCounts, ReadTimes
+from sparseflow.engine.memory_plan import MemoryPlan, plan_memory, require_memory
 from sparseflow.engine.reading import require_io
-from sparseflow.errors import BadRequest, DiskError, ShardCorrupt
-from sparseflow.store.codes import code_specs
-from sparseflow.store.manifest import (
-    DENSE_NAME,
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    Manifest,
-    check_content,
-    predictor_name,
-)
+from sparseflow.errors import BadRequest
+from sparseflow.store.manifest import DENSE_NAME, Manifest, check_content, predictor_name
 from sparseflow.store.profile import ModelProfile
-from sparseflow.store.shard_format import TensorSpec, map_file, read_places
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import OPTConfig
 
-__all__ = ["DiskWeightStore", "WeightCache", "sparseflow_home"]
-
-
-def sparseflow_home() -> Path:
-    """Where converted stores are kept: `$SPARSEFLOW_HOME`, else `sparseflow` in the user's cache directory."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SPARSEFLOW_HOME") or f"{cache}/sparseflow").expanduser()
+__all__ = ["DiskWeightStore", "WeightCache"]
 
 
 class DiskWeightStore:
@@ -67,7 +50,7 @@ class DiskWeightStore:
             quiet: no progress bar while converting.
         """
         self._name = str(model_name)
-        self._cache_dir = Path(cache_dir).expanduser() if cache_dir else sparseflow_home() / "stores"
+        self._cache_dir = cache_dir
         self._dtype = dtype_name(dtype) if dtype else None
         self._quiet = quiet
         self._holder: BundleHolder | None = None
@@ -97,7 +80,7 @@ class DiskWeightStore:
         """
         require_memory(memory)
         require_io(io)
-        self.path = self._find_or_convert()
+        self.path = find_or_convert(self._name, self._cache_dir, dtype=self._dtype, quiet=self._quiet)
         self.manifest = Manifest.load(self.path)
         self.manifest.require_all_parts(self.path)
         self.profile: ModelProfile = self.manifest.profile
@@ -110,7 +93,7 @@ class DiskWeightStore:
             stored = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             require_same_network(hf_config.to_dict(), stored, str(self.path))
         self._memory, self._io, self._strategy = memory, io, strategy
-        plan_memory(self.path, self.manifest, strategy or OffloadStrategy(), memory)  # refused before much is read
+        self._plan(strategy or OffloadStrategy())  # refused before much is read
         for name, entry in self.manifest.files.items():
             if not name.startswith("neurons/"):
                 check_content(self.path, name, entry)
@@ -121,24 +104,17 @@ class DiskWeightStore:
         self._holder = self._hold(strategy or OffloadStrategy())
         return self
 
-    def _find_or_convert(self) -> Path:
-        folder = locate(self._name)
-        if (folder / MANIFEST_NAME).is_file():
-            return folder
-        checkpoint = Checkpoint(folder, model_name(self._name))
-        identity = json.dumps([str(folder), checkpoint.identity(), self._dtype or checkpoint.dtype(), FORMAT_VERSION])
-        digest = hashlib.blake2s(identity.encode(), digest_size=6).hexdigest()
-        path = self._cache_dir / f"{checkpoint.name}-{digest}"
-        if not path.exists():
-            try:
-                convert(checkpoint, path, dtype=self._dtype, quiet=self._quiet)
-            except BadRequest:
-                if not path.exists():  # else another process was faster
-                    raise
-        return path
+    def _plan(self, strategy: OffloadStrategy) -> MemoryPlan:
+        return plan_memory(
+            self.path,
+            self.manifest,
+            self._memory,
+            cpu_cache_ratio=strategy.cpu_cache_ratio,
+            aggressive_offload=strategy.aggressive_offload,
+        )
 
     def _hold(self, strategy: OffloadStrategy) -> BundleHolder:
-        plan = plan_memory(self.path, self.manifest, strategy, self._memory)
+        plan = self._plan(strategy)
         if plan.n_slots is None:
             return MappedBundles(self.path, self.manifest)
         return ArenaBundles(self.path, self.manifest, plan.n_slots, strategy, self._io, plan.buffers_nbytes)
@@ -169,7 +145,7 @@ class DiskWeightStore:
                 "give both the same strategy, or open the store a second time"
             )
         if differing:
-            plan_memory(self.path, self.manifest, strategy, self._memory)  # before anything is closed
+            self._plan(strategy)  # before anything is closed
             self._bundles.close()
             self._holder = None
             self._holder = self._hold(strategy)
@@ -183,7 +159,7 @@ class DiskWeightStore:
     def predictor_tensors(self) -> "Mapping[str, Tensor]":
         """Codes of fc1, as `WeightSource.predictor_tensors`."""
         self._bundles  # noqa: B018  raises where the store is not open
-        expected = code_specs(self.profile.ffn_dimension, self.profile.hidden_dimension)
+        expected = predictor_specs(self.profile)
         return {
             f"{layer}.{name}": tensor
             for layer in range(self.profile.num_layers)
@@ -201,6 +177,9 @@ class DiskWeightStore:
     def counts(self) -> FetchCounts | None:
         """As `WeightSource.counts`."""
         return self._bundles.counts()
+
+    def note_tokens(self, n: int) -> None:
+        """As `WeightSource.note_tokens`: nobody looks at these."""
 
     def status(self) -> SourceStatus:
         """What is held now."""
@@ -239,27 +218,3 @@ class DiskWeightStore:
 
 # What of a strategy says how bundles are kept in host memory.
 _HOST_FIELDS = ("cpu_cache_ratio", "aggressive_offload", "use_lru_eviction", "async_transfer")
-
-
-def map_tensors(path: Path, expected: Sequence[TensorSpec] | None = None) -> "dict[str, Tensor]":
-    """All tensors of one of our files, as views of its pages: copy-on-write, so treat them as read-only.
-
-    Raises:
-        ShardCorrupt: the file does not hold the `expected` tensors, whose sizes kernels take for granted.
-    """
-    import torch
-
-    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U64": torch.uint64}
-    places = read_places(path)
-    if expected is not None and [place.spec for place in places.values()] != list(expected):
-        raise ShardCorrupt(
-            f"{path}: not laid out as this version of SparseFlow reads it; remove the store and convert the model again"
-        )
-    content = torch.frombuffer(map_file(path), dtype=torch.uint8)
-    tensors: dict[str, Tensor] = {}
-    for name, place in places.items():
-        raw = content[place.offset : place.offset + place.spec.nbytes]
-        if raw.storage_offset() % raw.new_empty(0, dtype=dtypes[place.spec.dtype]).element_size():
-            raise DiskError(f"{path}: tensor {name!r} is not aligned; remove the store and convert the model again")
-        tensors[name] = raw.view(dtypes[place.spec.dtype]).view(place.spec.shape)
-    return tensors

@@ -124,7 +124,11 @@ class WeightSource(Protocol):
         ...
 
     def counts(self) -> FetchCounts | None:
-        """What all fetches of all users have cost so far; None where every bundle is resident. Cheap."""
+        """What all fetches through this source have cost so far; None where nothing is counted. Cheap."""
+        ...
+
+    def note_tokens(self, n: int) -> None:
+        """Tokens were decoded: for whoever shows how fast that goes."""
         ...
 
     def status(self) -> SourceStatus:

@@ -6,19 +6,24 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
+from sparseflow.engine.shared_memory import SharedMemory
 from sparseflow.errors import NotEnoughMemory
 
 
 class Arena:
     """`n_slots` cells of `slot_nbytes`, starting on a page. Memory is taken from the system as slots are filled."""
 
-    def __init__(self, n_slots: int, slot_nbytes: int) -> None:
+    def __init__(self, n_slots: int, slot_nbytes: int, *, shared: bool = False) -> None:
         """
+        Args:
+            shared: other processes can be given it to read, by the descriptor of `memory`.
+
         Raises:
             NotEnoughMemory: the system refuses.
         """
+        self.memory = SharedMemory("arena", n_slots * slot_nbytes) if shared else None
         try:
-            self._map = mmap.mmap(-1, n_slots * slot_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = self.memory.map if self.memory else _private_map(n_slots * slot_nbytes)
         except OSError as error:
             raise NotEnoughMemory(
                 f"an arena of {n_slots} slots of {slot_nbytes} bytes: {error.strerror}; give less memory"
@@ -27,7 +32,16 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.slots: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8).reshape(n_slots, slot_nbytes)
 
+    def close(self) -> None:
+        """Close the descriptor of a shared arena. May be called twice."""
+        if self.memory is not None:
+            self.memory.close()
+
     def addresses(self, slots: NDArray[np.integer]) -> NDArray[np.uint64]:
         """Where slots begin in memory, (n,) uint64."""
         start, stride = self.slots.ctypes.data, self.slots.strides[0]
         return np.asarray(start + slots.astype(np.int64) * stride, np.uint64)
+
+
+def _private_map(nbytes: int) -> mmap.mmap:
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -14,24 +14,35 @@ class FetchCounts:
     evictions: int = 0
     hinted: int = 0
     """Bundles read because of a hint."""
+    hints_useful: int = 0
+    """Of those, asked for when they had come."""
+    hints_late: int = 0
+    """Of those, asked for while they were on their way."""
+    hints_wasted: int = 0
+    """Of those, evicted before anybody asked."""
     reads: int = 0
     bytes_from_disk: int = 0
     wait_s: float = 0.0
     """Time for which fetches were waited for."""
+    messages: int = 0
+    """Sent to a weight server and received from it."""
 
     def __add__(self, other: "FetchCounts") -> "FetchCounts":
         """Both together."""
-        return FetchCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return FetchCounts(*(getattr(self, name) + getattr(other, name) for name in _FIELDS))
 
     def __sub__(self, earlier: "FetchCounts") -> "FetchCounts":
         """What was counted since `earlier`."""
-        return FetchCounts(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+        return FetchCounts(*(getattr(self, name) - getattr(earlier, name) for name in _FIELDS))
 
     @property
     def hit_rate(self) -> float | None:
         """Share of bundles asked for that were hits."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else None
+
+
+_FIELDS = tuple(field.name for field in fields(FetchCounts))
 
 
 class ReadTimes(NamedTuple):

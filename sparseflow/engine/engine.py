@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,36 +31,60 @@ EVICTIONS: dict[str, Callable[[int, int], Eviction]] = {"lru": LeastRecentlyUsed
 _CLOSE_TIMEOUT_S = 30.0
 
 
+class EngineState(NamedTuple):
+    """How an engine stands. hits, misses: (n_layers,) int64, of fetches so far. latencies_s: of the last loads."""
+
+    n_slots: int
+    n_resident: int
+    n_leased: int
+    n_loading: int
+    hits: NDArray[np.int64]
+    misses: NDArray[np.int64]
+    n_bundles_read: int
+    latencies_s: tuple[float, ...]
+    threads_alive: tuple[bool, ...]
+
+
 class Engine:
     """The bundles of one store in an arena smaller than all of them. Safe to use from several threads."""
 
     def __init__(
-        self, store: Path, manifest: Manifest, n_slots: int, *, eviction: str = "lru", io: str = "auto"
+        self,
+        store: Path,
+        manifest: Manifest,
+        n_slots: int,
+        *,
+        eviction: str = "lru",
+        io: str = "auto",
+        shared: bool = False,
+        event_fd: int | None = None,
     ) -> None:
         """
         Args:
             n_slots: bundles that the arena holds.
             eviction: `lru` or `fifo`.
             io: `direct`, `buffered`, `map`, or `auto`: direct where the file system and the kernel allow it.
+            shared: the arena is memory that other processes can be given to read.
+            event_fd: an eventfd that becomes readable as reads end, for a loop that never waits here.
 
         Raises:
             DiskError, ShardCorrupt, NotEnoughMemory: as their texts say.
         """
         profile = manifest.profile
         self.profile = profile
-        self._arena = Arena(n_slots, profile.bundle_nbytes)
+        self._arena = Arena(n_slots, profile.bundle_nbytes, shared=shared)
         self._residency = Residency(
             profile.num_layers, profile.ffn_dimension, n_slots, EVICTIONS[eviction](profile.num_layers, n_slots)
         )
         shards = ShardFiles(store, manifest)
-        reading = self._reading = open_reading(shards, io)
+        reading = self._reading = open_reading(shards, io, event_fd)
         try:
             self._loader = Loader(shards, self._arena, reading.queue, reading.speed, reading.alignment)
         except BaseException:
             reading.close()
             raise
         # Holds all memory that reads may still write to, whoever forgets to close.
-        self._shut = weakref.finalize(self, _shut, self._loader, reading)
+        self._shut = weakref.finalize(self, _shut, self._loader, reading, self._arena)
         self._changed = threading.Condition()
         self._is_collecting = False
         self._is_closed = False
@@ -72,6 +97,11 @@ class Engine:
     def slots(self) -> NDArray[np.uint8]:
         """(n_slots, bundle_nbytes) uint8: the arena. Read only what a fetch leases."""
         return self._arena.slots
+
+    @property
+    def arena(self) -> Arena:
+        """The arena itself."""
+        return self._arena
 
     @property
     def io(self) -> str:
@@ -101,12 +131,29 @@ class Engine:
         """Bundles in the arena, or on their way to it."""
         return self._residency.n_resident
 
+    def state(self) -> EngineState:
+        """What is where now."""
+        with self._changed:
+            residency = self._residency
+            return EngineState(
+                residency.n_slots,
+                residency.n_resident,
+                residency.n_leased,
+                residency.n_loading,
+                residency.layer_hits.copy(),
+                residency.layer_misses.copy(),
+                self._loader.counts.bundles,
+                tuple(self._loader.latencies_s),
+                tuple(thread.is_alive() for thread in self._reading.queue.threads),
+            )
+
     def counts(self) -> FetchCounts:
         """What has happened so far."""
         with self._changed:
             counts, loads = self._residency.counts, self._loader.counts
             return FetchCounts(
-                *(counts.hits, counts.misses, counts.evictions, counts.hinted),
+                *(counts.hits, counts.misses, counts.evictions),
+                *(counts.hinted, counts.hints_useful, counts.hints_late, counts.hints_wasted),
                 *(loads.reads, loads.bytes_read, self._wait_s),
             )
 
@@ -146,6 +193,22 @@ class Engine:
         """Which of a fetch's ids are in the arena already: their positions, and their slots. Returns at once."""
         with self._changed:
             return self._residency.arrived(fetch)
+
+    def collect(self) -> None:
+        """Apply reads that have ended, without waiting. For a loop: when `event_fd` is readable, before `outcome`."""
+        with self._changed:
+            self._require_open()
+            self._collect_now()
+
+    def leased(self, fetch: int) -> NDArray[np.int64] | None:
+        """The arena slots of a fetch, in the order of its ids, filled or not; None while it waits for them."""
+        with self._changed:
+            return self._residency.leased(fetch)
+
+    def outcome(self, fetch: int) -> NDArray[np.int64] | Exception | None:
+        """As `wait`, at once: slots, the error that the fetch ended with, or None while bundles are missing."""
+        with self._changed:
+            return self._ended.get(fetch)
 
     def wait(self, fetch: int, timeout_s: float) -> NDArray[np.int64]:
         """The arena slots of a fetch's bundles, in the order of its ids, once all are there.
@@ -285,6 +348,7 @@ class Engine:
         )
 
 
-def _shut(loader: Loader, reading: Reading) -> None:
+def _shut(loader: Loader, reading: Reading, arena: Arena) -> None:
     loader.close()
     reading.close()
+    arena.close()

@@ -1,6 +1,7 @@
 """Brings bundles from the shards into arena slots: plans the reads, keeps the disk busy, checks what came."""
 
 import os
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -18,16 +19,18 @@ from sparseflow.errors import DiskError, ShardCorrupt, SparseFlowError
 _PAGE = 4096
 _LONGEST_SPAN_NBYTES = 64 << 10  # of reads that go through a cell
 _MOST_CELLS = 64
+_N_LATENCIES = 512
 _NEVER_ENDED: "list[Loader]" = []
 _REMEDY = "remove the store and convert the model again"
 
 
 @dataclass(slots=True)
 class LoadCounts:
-    """Sums since the start. `bytes_read` is with gaps and the rest of aligned spans."""
+    """Of all reads that were planned since the start. `bytes_read` is with gaps and the rest of aligned spans."""
 
     reads: int = 0
     bytes_read: int = 0
+    bundles: int = 0
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class _Batch:
     rows: NDArray[np.void]
     iovecs: NDArray[np.void]
     cells: NDArray[np.int64]  # (n,), where reads do not go straight to their slots
+    begin_s: float
     n_begun: int = 0
     n_ended: int = 0
 
@@ -54,6 +58,8 @@ class Loader:
             alignment: bytes; that of offset, length and memory of a read.
         """
         self.counts = LoadCounts()
+        self.latencies_s: deque[float] = deque(maxlen=_N_LATENCIES)
+        """Of the last loads that somebody waited for: from the plan to the last bundle."""
         self._shards, self._arena, self._queue, self._depth = shards, arena, queue, speed.depth
         self._alignment = alignment
         self._is_straight = shards.bundle_nbytes % alignment == 0 and shards.start % alignment == 0
@@ -102,9 +108,12 @@ class Loader:
             iovecs["nbytes"] = -(-end // self._alignment) * self._alignment - rows["offset"]
         rows["iovecs"] = iovecs.ctypes.data + first[:-1] * IOVEC.itemsize
         rows["n_iovecs"] = np.diff(first)
+        self.counts.reads += len(plan)
+        self.counts.bytes_read += int(iovecs["nbytes"].sum())
+        self.counts.bundles += len(load.ids)
         number = self._n_batches = self._n_batches + 1
         rows["token"] = (number << 32) + np.arange(len(plan))
-        self._batches[number] = _Batch(load, plan, rows, iovecs, np.zeros(len(plan), np.int64))
+        self._batches[number] = _Batch(load, plan, rows, iovecs, np.zeros(len(plan), np.int64), time.monotonic())
         self._not_begun.append(number)
         self._begin_more()
 
@@ -162,8 +171,6 @@ class Loader:
         batch = self._batches[number]
         self._n_under_way -= len(reads)
         self._n_awaited -= 0 if batch.load.is_hint else len(reads)
-        self.counts.reads += len(reads)
-        self.counts.bytes_read += int(results[results > 0].sum())
         load, nbytes = batch.load, self._shards.bundle_nbytes
         first, last = batch.plan.first[reads], batch.plan.first[reads + 1]
         positions = _ranges(first, last)
@@ -183,6 +190,8 @@ class Loader:
         batch.n_ended += len(reads)
         if batch.n_ended == len(batch.rows):
             del self._batches[number]
+            if not load.is_hint:
+                self.latencies_s.append(time.monotonic() - batch.begin_s)
         return events
 
     def _copy_out(self, batch: _Batch, reads: NDArray[np.int64]) -> None:

@@ -9,6 +9,7 @@ A read is one row of `READ`, which is the kernel's `struct iocb`; a piece of mem
 
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import platform
@@ -45,11 +46,13 @@ MOST_IOVECS = 1024  # IOV_MAX
 
 _MAPPED_AROUND_NBYTES = 64 << 10  # the kernel maps what it has cached of these bytes around a page that is touched
 _CLOSE_TIMEOUT_S = 60.0
+_EVENT_FD_FLAG = 1  # IOCB_FLAG_RESFD
 _EVENT = np.dtype([("token", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("result2", "<i8")])
 _SYSCALLS = {  # io_setup, io_destroy, io_getevents, io_submit
     "x86_64": (206, 207, 208, 209),
     "aarch64": (0, 1, 4, 2),
 }
+_log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -92,6 +95,11 @@ class ReadQueue(Protocol):
         """Reads that have ended and were waited for."""
         ...
 
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """Those that read; none where the kernel does it alone."""
+        ...
+
     def close(self) -> None:
         """Wait for what is under way (the memory that it fills can be freed afterwards), and end.
 
@@ -105,11 +113,13 @@ class AioQueue:
     """Linux AIO: the kernel's own queue, for file descriptors opened with O_DIRECT."""
 
     name = "direct"
+    threads: "list[threading.Thread]" = []  # noqa: RUF012  there are none
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, event_fd: int | None = None) -> None:
         """
         Args:
             depth: reads that may be under way at once.
+            event_fd: an eventfd that becomes readable as reads end.
 
         Raises:
             DirectRefused: the kernel refuses (a sandbox, or fs.aio-max-nr is used up).
@@ -121,12 +131,15 @@ class AioQueue:
         self._setup, self._destroy, self._getevents, self._submit = _SYSCALLS[platform.machine()]
         self._context = ctypes.c_ulong(0)
         self._events = np.zeros(depth, _EVENT)
+        self._event_fd = event_fd
         if _libc.syscall(ctypes.c_long(self._setup), ctypes.c_long(depth), ctypes.byref(self._context)) != 0:
             reason = os.strerror(ctypes.get_errno())
             raise DirectRefused(f"Linux AIO: {reason}; raise fs.aio-max-nr, or use buffered reads (io='buffered')")
 
     def submit(self, reads: NDArray[np.void]) -> int:
         """As `ReadQueue.submit`."""
+        if self._event_fd is not None:
+            reads["flags"], reads["event_fd"] = _EVENT_FD_FLAG, self._event_fd
         addresses = reads.ctypes.data + READ.itemsize * np.arange(len(reads), dtype=np.uint64)
         pointer = ctypes.c_void_p(addresses.ctypes.data)
         taken = _libc.syscall(ctypes.c_long(self._submit), self._context, ctypes.c_long(len(reads)), pointer)
@@ -167,28 +180,42 @@ class AioQueue:
 class ThreadQueue:
     """Threads that perform one read after the other."""
 
-    def __init__(self, name: str, perform: Callable[["NDArray[np.void] | Any"], int], n_threads: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        perform: Callable[["NDArray[np.void] | Any"], int],
+        n_threads: int,
+        event_fd: int | None = None,
+    ) -> None:
         """
         Args:
             name: of the backend.
             perform: does one READ and returns its result; `read_vector`, or a copy from a map.
             n_threads: reads under way at once.
+            event_fd: an eventfd that becomes readable as reads end.
         """
         self.name = name
         self._perform = perform
+        self._event_fd = event_fd
         self._begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended: list[tuple[int, int]] = []
         self._has_ended = threading.Condition()
-        self._threads = [threading.Thread(target=self._work, name=f"read-{n}", daemon=True) for n in range(n_threads)]
-        for thread in self._threads:
+        self.threads = [threading.Thread(target=self._work, name=f"read-{n}", daemon=True) for n in range(n_threads)]
+        for thread in self.threads:
             thread.start()
 
     def _work(self) -> None:
         while (read := self._begun.get()) is not None:
-            result = self._perform(read)
+            try:
+                result = self._perform(read)
+            except Exception:  # else the thread would end, and whoever waits would wait for ever
+                _log.exception("a read failed in an unforeseen way")
+                result = -errno.EIO
             with self._has_ended:
                 self._ended.append((int(read["token"]), result))
                 self._has_ended.notify()
+            if self._event_fd is not None:
+                os.eventfd_write(self._event_fd, 1)
 
     def submit(self, reads: NDArray[np.void]) -> int:
         """As `ReadQueue.submit`; takes all."""
@@ -210,14 +237,14 @@ class ThreadQueue:
 
     def close(self) -> None:
         """As `ReadQueue.close`."""
-        for _ in self._threads:
+        for _ in self.threads:
             self._begun.put(None)
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
+        if any(thread.is_alive() for thread in self.threads):
             raise DiskError(f"reads did not end within {_CLOSE_TIMEOUT_S:g} s of closing; their memory is kept")
-        self._threads = []
+        self.threads = []
 
 
 def read_vector(read: Any) -> int:

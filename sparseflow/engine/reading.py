@@ -38,8 +38,11 @@ class Reading:
         self.shards.close()
 
 
-def open_reading(shards: ShardFiles, io: str) -> Reading:
+def open_reading(shards: ShardFiles, io: str, event_fd: int | None = None) -> Reading:
     """Open the shards, and measure how fast they are read.
+
+    Args:
+        event_fd: an eventfd that becomes readable as reads end.
 
     Raises:
         BadRequest: no such mode. DiskError: the mode is refused here.
@@ -48,7 +51,7 @@ def open_reading(shards: ShardFiles, io: str) -> Reading:
     reasons: tuple[str, ...] = ()
     if io in ("auto", "direct"):
         try:
-            return _open_direct(shards)
+            return _open_direct(shards, event_fd)
         except DirectRefused as error:
             shards.close()
             if io == "direct":
@@ -61,9 +64,9 @@ def open_reading(shards: ShardFiles, io: str) -> Reading:
         for fd, mapping in zip(shards.fds, maps, strict=True):
             mapping.madvise(mmap.MADV_RANDOM)
             addresses[fd] = (np.frombuffer(mapping, np.uint8).ctypes.data, len(mapping))
-        queue: ReadQueue = ThreadQueue("map", copy_from(addresses), _N_THREADS)
+        queue: ReadQueue = ThreadQueue("map", copy_from(addresses), _N_THREADS, event_fd)
     else:
-        queue = ThreadQueue("buffered", read_vector, _N_THREADS)
+        queue = ThreadQueue("buffered", read_vector, _N_THREADS, event_fd)
     return Reading(shards, queue, 1, _measure(shards, queue, 1), maps, reasons)
 
 
@@ -76,14 +79,14 @@ def require_io(io: str) -> None:
         raise BadRequest(f"io={io!r}: shards are read in one of these ways: {', '.join(IO_MODES)}")
 
 
-def _open_direct(shards: ShardFiles) -> Reading:
+def _open_direct(shards: ShardFiles, event_fd: int | None) -> Reading:
     alignment = shards.open(direct=True)
     if alignment is None:
         raise DirectRefused(
             f"{shards.paths[0].parent}: the file system refuses direct I/O; use buffered reads (io='buffered')"
         )
     shards.drop_cached_pages()
-    queue = AioQueue(MOST_READS)
+    queue = AioQueue(MOST_READS, event_fd)
     return Reading(shards, queue, alignment, _measure(shards, queue, alignment))
 
 

@@ -102,6 +102,12 @@ class Counts:
     evictions: int = 0
     hinted: int = 0
     """Bundles loaded because of a hint."""
+    hints_useful: int = 0
+    """Of those, filled when a fetch first asked for them."""
+    hints_late: int = 0
+    """Of those, still loading then."""
+    hints_wasted: int = 0
+    """Of those, gone before any fetch asked for them."""
 
 
 @dataclass(slots=True)
@@ -122,6 +128,9 @@ class Residency:
         self._id_in = np.zeros(n_slots, np.int32)
         self._is_loading = np.zeros(n_slots, bool)
         self._n_leases = np.zeros(n_slots, np.int32)
+        self._is_hinted = np.zeros(n_slots, bool)  # loaded for a hint, and no fetch has asked for it yet
+        self.layer_hits = np.zeros(n_layers, np.int64)
+        self.layer_misses = np.zeros(n_layers, np.int64)
         self._free = np.arange(n_slots)[::-1].copy()  # a stack: the first n_free entries
         self._n_free = n_slots
         self._leases: dict[int, _Lease] = {}
@@ -151,6 +160,11 @@ class Residency:
         """Whether a fetch was acquired and is not over."""
         return fetch in self._leases or any(fetch == waiting.fetch for waiting in self._waiting)
 
+    def leased(self, fetch: int) -> NDArray[np.int64] | None:
+        """The slots that a fetch leases, in the order of its ids; None while it waits for them, and once it is over."""
+        lease = self._leases.get(fetch)
+        return None if lease is None else lease.slots
+
     def arrived(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of the slots that a fetch leases, those that are filled: positions among its ids, and slots."""
         lease = self._leases.get(fetch)
@@ -163,6 +177,11 @@ class Residency:
     def n_resident(self) -> int:
         """Bundles that have a slot."""
         return self.n_slots - self._n_free
+
+    @property
+    def n_loading(self) -> int:
+        """Slots that are being filled."""
+        return int(np.count_nonzero(self._is_loading))
 
     @property
     def n_leased(self) -> int:
@@ -184,6 +203,7 @@ class Residency:
                 break
             self._waiting.popleft()
             self._eviction.used(fetch.layer, hits)
+            self._count_hints(hits)
             if n_missing:
                 missing = fetch.ids[is_missing]
                 slots[is_missing] = self._place(fetch.layer, missing)
@@ -191,6 +211,8 @@ class Residency:
                 instructions.append(Load(fetch.layer, missing, slots[is_missing], is_hint=False))
             self.counts.hits += len(hits)
             self.counts.misses += n_missing
+            self.layer_hits[fetch.layer] += len(hits)
+            self.layer_misses[fetch.layer] += n_missing
             is_ready = not self._is_loading[slots].any()
             self._leases[fetch.fetch] = _Lease(slots, is_ready)
             if is_ready:
@@ -206,7 +228,9 @@ class Residency:
         if not len(missing):
             return []
         self.counts.hinted += len(missing)
-        return [Load(hint.layer, missing, self._place(hint.layer, missing), is_hint=True)]
+        slots = self._place(hint.layer, missing)
+        self._is_hinted[slots] = True
+        return [Load(hint.layer, missing, slots, is_hint=True)]
 
     def _on_release(self, event: Release) -> list[Instruction]:
         lease = self._leases.pop(event.fetch, None)
@@ -235,6 +259,7 @@ class Residency:
         self._slot_of[self._layer_in[event.slots], self._id_in[event.slots]] = ABSENT
         self._layer_in[event.slots] = ABSENT
         self._eviction.freed(event.slots)
+        self._forget_hints(event.slots)
         self._push_free(event.slots)
         return [*(Refuse(fetch, event.error) for fetch in hurt), *self._grant()]
 
@@ -257,8 +282,21 @@ class Residency:
         assert len(victims) == n, f"{len(victims)} of {n} slots could be evicted"
         self._slot_of[self._layer_in[victims], self._id_in[victims]] = ABSENT
         self._layer_in[victims] = ABSENT
+        self._forget_hints(victims)
         self._push_free(victims)
         self.counts.evictions += n
+
+    def _count_hints(self, hits: NDArray[np.int64]) -> None:
+        asked = hits[self._is_hinted[hits]]
+        if len(asked):
+            n_late = int(np.count_nonzero(self._is_loading[asked]))
+            self.counts.hints_late += n_late
+            self.counts.hints_useful += len(asked) - n_late
+            self._is_hinted[asked] = False
+
+    def _forget_hints(self, slots: NDArray[np.int64]) -> None:
+        self.counts.hints_wasted += int(np.count_nonzero(self._is_hinted[slots]))
+        self._is_hinted[slots] = False
 
     def _push_free(self, slots: NDArray[np.int64]) -> None:
         self._free[self._n_free : self._n_free + len(slots)] = slots

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ from transformers import Cache, GenerationConfig, OPTConfig, OPTForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, eager_attention_forward
 
+from sparseflow.client.weight_client import WeightClient
 from sparseflow.core.config import (
     OffloadStrategy,
     SparseFlowConfig,
@@ -237,6 +239,51 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             raise
         return model
 
+    @classmethod
+    def from_server(
+        cls,
+        name: str,
+        model: str | None = None,
+        *,
+        fidelity: str = "exact",
+        device: str = "cpu",
+        attn_implementation: str | None = None,
+        activation_threshold: float = 1.0,
+        **source: Any,
+    ) -> Self:
+        """Attach to a weight server of this host; its memory is used in place.
+
+        Args:
+            name: of the server.
+            model: which of its models; None: its only one.
+            activation_threshold: as in `OffloadStrategy`.
+            source: what `WeightClient` takes: `expected`, `load_timeout_s`, `reconnect_timeout_s`.
+
+        Raises:
+            SparseFlowError: as its text says.
+        """
+        require_cpu(device)
+        require_fidelity(fidelity)
+        client = WeightClient(name, model, **source)
+        try:
+            strategy = replace(client.strategy, activation_threshold=activation_threshold)
+            config = SparseFlowConfig(client.profile, strategy, primary_device=device)
+            served = cls(config, client, fidelity=fidelity)
+            if attn_implementation is not None:
+                served.set_attn_implementation(attn_implementation)
+        except BaseException:
+            client.close()
+            raise
+        return served
+
+    def close(self) -> None:
+        """Give the weights back, and what the source holds. The model computes no more. May be called twice."""
+        self.source.close()
+        meta = {name: nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+                for name, weight in self.named_parameters()}  # fmt: skip
+        self.load_state_dict(meta, strict=False, assign=True)
+        self.coordinator.close()
+
     @property
     def stats(self) -> RunStats:
         """What was computed since the model was made, or since `reset_stats`."""
@@ -275,6 +322,8 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         Raises:
             PromptTooLong: more positions than the model has.
         """
+        if self.device.type == "meta":
+            raise BadRequest("the model was closed; open it again")
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         given = input_ids if input_ids is not None else inputs_embeds
         if given is not None and (length := past + given.shape[1]) > self.config.max_position_embeddings:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.device_cache import WeightCache
-from sparseflow.core.memory_plan import DENSE_PART_NBYTES
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles, WeightSource
 from sparseflow.engine.counts import FetchCounts
+from sparseflow.engine.memory_plan import DENSE_PART_NBYTES
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
 from sparseflow.kernels.sparse_mlp import sparse_mlp
@@ -110,6 +110,11 @@ class TransferCoordinator:
         self._no_bias = torch.zeros(profile.hidden_dimension)
         self._wide_biases = list(zip(fc1_biases(source), fc2, strict=True))
 
+    def close(self) -> None:
+        """Let go of all that shows the source's memory. May be called twice."""
+        self.predictor = None
+        self._biases, self._wide_biases, self._norms = [], [], []
+
     def hint(self, layer: int, hidden: Tensor) -> None:
         """Before a layer's attention: start to read what its MLP may need, judged by what enters the layer.
 
@@ -137,6 +142,8 @@ class TransferCoordinator:
         fetches = self._fetches_since_last_step()
         if fetches is not None and len(x) <= _TOKENS_AT_ONCE:
             self.lookahead.note(self._scoring_s, fetches.misses + fetches.hinted)
+        if decoding and layer + 1 == self.source.profile.num_layers:
+            self.source.note_tokens(len(x))
         if self.profiling:
             counts = self.stats.decode if decoding else self.stats.prefill
             self._count(counts, layer, wide, ids, n_active)

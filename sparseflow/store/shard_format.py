@@ -142,20 +142,35 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(HEADER_LIMIT_NBYTES, size - 8):
-                raise ShardCorrupt(
-                    f"{path}: header of {length} bytes, file of {size}; remove the store and convert the model again"
-                )
-            text = file.read(length)
+            length = _header_nbytes(file.read(8), size, path)
+            header = file.read(length)
     except FileNotFoundError as error:
         raise DiskError(f"{path}: file is missing; remove the store and convert the model again") from error
     except OSError as error:
         if isinstance(error, DiskError):
             raise
         raise DiskError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions") from error
+    return _places(header, size, path)
+
+
+def places_in(content: NDArray[np.uint8], path: Path) -> dict[str, TensorPlace]:
+    """As `read_places`, of a whole file that is in memory. content: (n,) uint8. path: what errors call it."""
+    length = _header_nbytes(content[:8].tobytes(), len(content), path)
+    return _places(content[8 : 8 + length].tobytes(), len(content), path)
+
+
+def _header_nbytes(first: bytes, size: int, path: Path) -> int:
+    length = int.from_bytes(first, "little")
+    if not 2 <= length <= min(HEADER_LIMIT_NBYTES, size - 8):
+        raise ShardCorrupt(
+            f"{path}: header of {length} bytes, file of {size}; remove the store and convert the model again"
+        )
+    return length
+
+
+def _places(header: bytes, size: int, path: Path) -> dict[str, TensorPlace]:
     try:
-        return _parse_places(json.loads(text), 8 + length, size)
+        return _parse_places(json.loads(header), 8 + len(header), size)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardCorrupt(
             f"{path}: header does not describe this file ({error}); remove the store and convert the model again"

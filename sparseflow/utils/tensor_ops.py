@@ -1,31 +1,12 @@
-"""How much memory is in use, by whom."""
+"""How much memory is in use, and how fast it is read."""
 
 import time
-from typing import NamedTuple
 
 import torch
 
+from sparseflow.utils.process_memory import status_bytes
+
 GIB = 2**30
-
-
-class ProcessMemory(NamedTuple):
-    """Resident bytes of this process. private: its own pages. shared: pages of files, which other processes can use."""
-
-    private: int
-    shared: int
-
-
-def process_memory() -> ProcessMemory:
-    """Memory in use now, as the kernel counts it."""
-    status = _status_bytes()
-    return ProcessMemory(status["RssAnon"], status["RssFile"] + status["RssShmem"])
-
-
-def _status_bytes() -> dict[str, int]:
-    """The fields of /proc/self/status that are sizes, in bytes."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        lines = [line.split() for line in status]
-    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1:] == ["kB"]}
 
 
 def measure_memory_usage() -> tuple[float, float]:
@@ -36,7 +17,7 @@ def measure_memory_usage() -> tuple[float, float]:
     """
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / GIB, torch.cuda.max_memory_allocated() / GIB
-    status = _status_bytes()
+    status = status_bytes()
     return status["VmRSS"] / GIB, max(status["VmRSS"], status["VmHWM"]) / GIB
 
 

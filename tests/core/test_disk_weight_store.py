@@ -18,7 +18,8 @@ from transformers import OPTConfig
 from sparseflow.core import weight_manager
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.converter import convert
-from sparseflow.core.weight_manager import DiskWeightStore, sparseflow_home
+from sparseflow.core.store_home import sparseflow_home
+from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.errors import (
     BadRequest,
     DiskError,
@@ -50,7 +51,7 @@ def no_conversion(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From when it is called, a conversion fails the test."""
 
     def forbid() -> None:
-        monkeypatch.setattr(weight_manager, "convert", lambda *_args, **_kwargs: pytest.fail("converts again"))
+        monkeypatch.setattr(store_home, "convert", lambda *_args, **_kwargs: pytest.fail("converts again"))
 
     return forbid
 
@@ -114,7 +115,7 @@ class TestFinding:
             convert(source, destination, **options)
             return convert(source, destination, **options)
 
-        monkeypatch.setattr(weight_manager, "convert", convert_second)
+        monkeypatch.setattr(store_home, "convert", convert_second)
         with opened(checkpoint) as source:
             assert source.status().state == "ready"
 

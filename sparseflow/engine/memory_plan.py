@@ -10,10 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from sparseflow.core.config import OffloadStrategy
-from sparseflow.core.sizes import format_size, parse_size
 from sparseflow.errors import NotEnoughMemory
 from sparseflow.store.manifest import Manifest
+from sparseflow.utils.sizes import format_size, parse_size
 
 # Of what is free, `auto` leaves a tenth to the KV cache, activations and whoever comes later.
 AUTO_SHARE = 0.9
@@ -37,8 +36,19 @@ class MemoryPlan:
     n_slots: int | None
 
 
-def plan_memory(store: Path, manifest: Manifest, strategy: OffloadStrategy, memory: str | int) -> MemoryPlan:
+def plan_memory(
+    store: Path,
+    manifest: Manifest,
+    memory: str | int,
+    *,
+    cpu_cache_ratio: float = 1.0,
+    aggressive_offload: bool = False,
+) -> MemoryPlan:
     """Divide `memory`: a size, or `auto` for what is free to this process, limits of containers counted.
+
+    Args:
+        cpu_cache_ratio: the most of all bundles that the arena may hold.
+        aggressive_offload: the arena holds one layer at most.
 
     Raises:
         NotEnoughMemory: less than what must be resident and a hundredth of the bundles.
@@ -47,12 +57,12 @@ def plan_memory(store: Path, manifest: Manifest, strategy: OffloadStrategy, memo
     allowed = int(free_memory() * AUTO_SHARE) if is_auto else parse_size(memory)
     profile = manifest.profile
     n_bundles = profile.num_layers * profile.ffn_dimension
-    fixed = manifest.nbytes_under("") - manifest.nbytes_under("neurons/") + _widened_nbytes(manifest)
-    keeps_all = strategy.cpu_cache_ratio == 1 and not strategy.aggressive_offload
+    fixed = fixed_nbytes(manifest)
+    keeps_all = cpu_cache_ratio == 1 and not aggressive_offload
     if keeps_all and fixed + manifest.nbytes_under("neurons/") <= allowed:
         return MemoryPlan(0, None)
-    wanted = max(2, math.ceil(strategy.cpu_cache_ratio * n_bundles))
-    if strategy.aggressive_offload:
+    wanted = max(2, math.ceil(cpu_cache_ratio * n_bundles))
+    if aggressive_offload:
         wanted = min(wanted, profile.ffn_dimension)
     dense_part = min(DENSE_PART_NBYTES, profile.ffn_dimension * profile.bundle_nbytes)
     buffers = n_bundles * _BUNDLE_TABLES_NBYTES + _READ_BUFFERS_NBYTES + dense_part
@@ -78,10 +88,11 @@ def require_memory(memory: str | int) -> None:
         parse_size(memory)
 
 
-def _widened_nbytes(manifest: Manifest) -> int:
-    """Biases in float32, as the kernels of scoring and of computing read them."""
+def fixed_nbytes(manifest: Manifest) -> int:
+    """Bytes that are resident whatever the memory: dense weights, codes, and biases in float32 as kernels read them."""
     profile = manifest.profile
-    return 8 * profile.num_layers * (profile.ffn_dimension + profile.hidden_dimension)
+    widened = 8 * profile.num_layers * (profile.ffn_dimension + profile.hidden_dimension)
+    return manifest.nbytes_under("") - manifest.nbytes_under("neurons/") + widened
 
 
 def free_memory() -> int:

@@ -16,11 +16,11 @@ import torch
 from child_process import run_python
 from transformers import OPTConfig
 
-from sparseflow.core import memory_plan
+from sparseflow.engine import memory_plan
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.converter import convert
-from sparseflow.core.memory_plan import AUTO_SHARE, DENSE_PART_NBYTES, LEAST_SHARE, free_memory, plan_memory
+from sparseflow.engine.memory_plan import AUTO_SHARE, DENSE_PART_NBYTES, LEAST_SHARE, free_memory, plan_memory
 from sparseflow.errors import BadRequest, NotEnoughMemory
 from sparseflow.store.manifest import DENSE_NAME, Manifest, predictor_name, shard_name
 from sparseflow.store.profile import ModelProfile
@@ -51,7 +51,7 @@ def manifest() -> Manifest:
 
 
 def n_slots_of(manifest: Manifest, memory: str | int, **strategy: Any) -> int | None:
-    return plan_memory(STORE, manifest, OffloadStrategy(**strategy), memory).n_slots
+    return plan_memory(STORE, manifest, memory, **strategy).n_slots
 
 
 # --- the division
@@ -59,7 +59,7 @@ def n_slots_of(manifest: Manifest, memory: str | int, **strategy: Any) -> int | 
 
 def test_all_bundles_are_mapped_where_all_fit_to_the_byte(manifest: Manifest) -> None:
     assert n_slots_of(manifest, ALL_NBYTES) is None
-    assert plan_memory(STORE, manifest, OffloadStrategy(), ALL_NBYTES).buffers_nbytes == 0
+    assert plan_memory(STORE, manifest, ALL_NBYTES).buffers_nbytes == 0
     assert n_slots_of(manifest, ALL_NBYTES - 1) is not None
     assert n_slots_of(manifest, "64GiB") is None
 
@@ -67,7 +67,7 @@ def test_all_bundles_are_mapped_where_all_fit_to_the_byte(manifest: Manifest) ->
 def test_the_arena_gets_what_is_left_of_the_memory_allowed(manifest: Manifest) -> None:
     n_slots = []
     for memory in (1600 * MIB, 1800 * MIB, 2400 * MIB):
-        plan = plan_memory(STORE, manifest, OffloadStrategy(), memory)
+        plan = plan_memory(STORE, manifest, memory)
         assert plan.n_slots is not None
         n_slots.append(plan.n_slots)
         taken = FIXED_NBYTES + WIDENED_NBYTES + plan.buffers_nbytes + plan.n_slots * PROFILE.bundle_nbytes
@@ -78,7 +78,7 @@ def test_the_arena_gets_what_is_left_of_the_memory_allowed(manifest: Manifest) -
 
 
 def test_buffers_leave_room_for_what_a_dense_step_copies(manifest: Manifest) -> None:
-    assert plan_memory(STORE, manifest, OffloadStrategy(), 1800 * MIB).buffers_nbytes > DENSE_PART_NBYTES
+    assert plan_memory(STORE, manifest, 1800 * MIB).buffers_nbytes > DENSE_PART_NBYTES
 
 
 def test_cpu_cache_ratio_is_an_upper_limit(manifest: Manifest) -> None:
@@ -293,7 +293,7 @@ def limited_group() -> Iterator[Path]:
 
 
 def test_limit_of_a_real_group_counts(limited_group: Path) -> None:
-    code = "from sparseflow.core.memory_plan import free_memory; print(free_memory())"
+    code = "from sparseflow.engine.memory_plan import free_memory; print(free_memory())"
     enter = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(limited_group)]
     path = os.pathsep.join(sys.path)
     result = subprocess.run(

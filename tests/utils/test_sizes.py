@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparseflow.core.sizes import format_size, parse_size
+from sparseflow.utils.sizes import format_size, parse_size
 from sparseflow.errors import BadRequest
 
 

@@ -1,0 +1,81 @@
+"""One server a name: the run directory, claimed by a lock that dies with its holder."""
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from typing import NoReturn
+
+from sparseflow.errors import ServerError
+from sparseflow.protocol.run_directory import RunDirectory, require_private, runtime_dir
+
+_ATTEMPTS = 1000  # the folder can vanish under us each time another server ends
+_PATIENCE_S = 0.2  # whoever asks whether a server lives holds the lock for an instant
+_PAUSE_S = 0.01
+
+
+class Claim:
+    """A run directory that is ours until `release`."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        """Take the directory; what a dead server left in it is removed.
+
+        Raises:
+            ServerError: a living server has it. NotPermitted: others can write there.
+        """
+        self.directory = directory
+        self._refused_from_s = time.monotonic() + _PATIENCE_S
+        for _ in range(_ATTEMPTS):
+            fd = self._lock()
+            if fd is not None:
+                break
+        else:
+            raise ServerError(f"{directory.path}: servers come and go there all the time; try again")
+        self._fd = fd
+        for stale in (directory.attach_socket, directory.ctl_socket):
+            stale.unlink(missing_ok=True)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+
+    def _lock(self) -> int | None:
+        """The locked file's descriptor; None where the file was removed meanwhile."""
+        runtime_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_private(runtime_dir())
+        path = self.directory.path
+        path.mkdir(mode=0o700, exist_ok=True)
+        try:
+            require_private(path)
+            fd = os.open(self.directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(self.directory.lock)):
+                return fd
+        except BlockingIOError:
+            if time.monotonic() > self._refused_from_s:
+                os.close(fd)
+                self._refuse()
+            time.sleep(_PAUSE_S)
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+        return None
+
+    def _refuse(self) -> NoReturn:
+        owner = self.directory.owner()
+        who = f"pid {owner}" if owner else "another process"
+        raise ServerError(
+            f"server {self.directory.name!r} is already running ({who}); choose another --name, or end it first"
+        )
+
+    def release(self) -> None:
+        """Remove the directory and let go. May be called twice."""
+        if self._fd >= 0:
+            directory = self.directory
+            for path in (directory.attach_socket, directory.ctl_socket, directory.lock):  # the lock last
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody has locked a file of theirs there already
+                directory.path.rmdir()
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,45 @@
+"""What a server is started with. Each default is written here and nowhere else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparseflow.engine.engine import EVICTIONS
+from sparseflow.engine.memory_plan import require_memory
+from sparseflow.engine.reading import require_io
+from sparseflow.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Settings of one server."""
+
+    stores: tuple[Path, ...]
+    """Stores to serve, each under the name of its model."""
+    name: str = "default"
+    """What clients ask for."""
+    memory: str | int = "auto"
+    """The most that weights, arenas and buffers may take together, a size or `auto`: nine tenths of what is free."""
+    cpu_cache_ratio: float = 1.0
+    """At most this share of a model's bundles is kept in memory."""
+    io: str = "auto"
+    """How bundles are read: `direct`, `buffered`, `map` or `auto`."""
+    eviction: str = "lru"
+    """Which bundle goes first: `lru` or `fifo`."""
+    max_sessions: int = 16
+    """Inference processes at once, for each model. Each can always lease its share of the arena."""
+    drain_timeout_s: float = 5.0
+    """How long ending waits for leases to come back."""
+
+    def __post_init__(self) -> None:
+        if not self.stores:
+            raise BadRequest("no store to serve; name at least one")
+        require_memory(self.memory)
+        require_io(self.io)
+        if not 0 < self.cpu_cache_ratio <= 1:
+            raise BadRequest(f"cpu_cache_ratio={self.cpu_cache_ratio}: give a share of all bundles above 0, at most 1")
+        if self.eviction not in EVICTIONS:
+            raise BadRequest(f"eviction={self.eviction!r}: one of {', '.join(EVICTIONS)}")
+        if self.max_sessions < 1:
+            raise BadRequest(f"max_sessions={self.max_sessions}: give a number above 0")
+        if not self.drain_timeout_s >= 0:
+            raise BadRequest(f"drain_timeout_s={self.drain_timeout_s}: give seconds, 0 or more")

@@ -1,0 +1,65 @@
+"""Starting a server that is left running."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseflow.errors import ServerError
+from sparseflow.protocol.inquiry import ask_status
+from sparseflow.protocol.run_directory import RunDirectory
+
+_POLL_S = 0.05
+_LAST_LINES = 12
+
+
+def log_path(name: str) -> Path:
+    """Where a server that was left running writes its log: `$SPARSEFLOW_HOME/logs/NAME.log`."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(os.environ.get("SPARSEFLOW_HOME") or f"{cache}/sparseflow").expanduser()
+    return home / "logs" / f"{name}.log"
+
+
+def launch(arguments: Sequence[str], name: str, timeout_s: float = 600.0) -> dict[str, Any]:
+    """Start `sparseflow-daemon` with these arguments in a session of its own, and wait until it is ready.
+
+    Returns its status.
+
+    Raises:
+        ServerError: it ended, or is not ready in time (then it is ended), or degraded.
+    """
+    directory, log = RunDirectory.of(name), log_path(name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        begin = output.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparseflow_daemon", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerError(f"the server ended with exit code {process.returncode}; {log}:\n{_tail(log, begin)}")
+        if directory.is_alive() and directory.owner() == process.pid:
+            status = ask_status(name)
+            if status["state"] == "degraded":
+                process.terminate()
+                raise ServerError(f"the server is degraded and was ended: {'; '.join(status['reasons'])}")
+            if status["state"] == "ready":
+                return status
+        time.sleep(_POLL_S)
+    process.terminate()
+    raise ServerError(f"the server was not ready within {timeout_s:g} s and was ended; {log}:\n{_tail(log, begin)}")
+
+
+def _tail(log: Path, begin: int) -> str:
+    with open(log, "rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").splitlines()
+    return "\n".join(lines[-_LAST_LINES:])

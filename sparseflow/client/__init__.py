@@ -1,0 +1,1 @@
+"""The seam over sockets: a weight server's memory, seen from an inference process."""

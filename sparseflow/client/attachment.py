@@ -1,0 +1,107 @@
+"""One session with one run of a weight server: the handshake, the memory that was handed over, and the end."""
+
+import mmap
+import os
+import select
+import socket
+import time
+from contextlib import suppress
+from typing import Any
+
+from sparseflow.errors import NoAnswer, ProtocolMismatch, ServerError, ServerNotRunning, of_wire_code
+from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Attach, Detach, ErrorReply, Welcome
+from sparseflow.protocol.packets import receive_packet, send_packet
+from sparseflow.protocol.run_directory import RunDirectory
+from sparseflow.protocol.session_counters import SessionCounters
+
+_DETACH_TIMEOUT_S = 2.0
+ALWAYS_EXPECTED = {"protocol": PROTOCOL_VERSION, "layout": LAYOUT_VERSION}
+
+
+class Attachment:
+    """An open session. The server ends it when this process ends, or when `close` says goodbye."""
+
+    def __init__(self, name: str, model: str, expected: dict[str, Any], timeout_s: float) -> None:
+        """
+        Args:
+            model: which of the server's; empty: its only one.
+            expected: fields of the server's identity that must be as given.
+            timeout_s: how long to wait for the answer, which comes when the model is loaded.
+
+        Raises:
+            ServerNotRunning, NoAnswer: nobody answers. NoSuchModel, FingerprintMismatch, ProtocolMismatch, Draining,
+            NotPermitted, ArenaBusy: as the server says.
+        """
+        self.directory = RunDirectory.of(name)
+        self.is_over = False
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.descriptors: dict[str, int] = {}
+        try:
+            self._connect(timeout_s)
+            send_packet(self.sock, Attach(os.getpid(), model, ALWAYS_EXPECTED | expected))
+            answer, descriptors = receive_packet(self.sock)
+            if isinstance(answer, ErrorReply):
+                raise of_wire_code(answer.code, answer.text)
+            if not isinstance(answer, Welcome) or len(descriptors) != len(answer.regions):
+                raise ProtocolMismatch(f"server {name!r} answered with {type(answer).__name__}; is it of our version?")
+            self.welcome = answer
+            self.regions = {region["name"]: region for region in answer.regions}
+            self.descriptors = dict(zip(self.regions, descriptors, strict=True))
+            counters = mmap.mmap(self.descriptors["counters"], self.regions["counters"]["nbytes"])
+            self.counters = SessionCounters(counters)
+        except NoAnswer as error:
+            self._let_go()
+            raise NoAnswer(f"server {name!r} did not open a session: {error}") from error
+        except BaseException:
+            self._let_go()
+            raise
+        self._ended = select.poll()
+        self._ended.register(self.sock.fileno(), select.POLLIN)
+
+    def _connect(self, timeout_s: float) -> None:
+        path = str(self.directory.attach_socket)
+        self.sock.settimeout(timeout_s)
+        try:
+            self.sock.connect(path)
+        except TimeoutError as error:
+            raise NoAnswer(f"{path}: nobody takes the connection within {timeout_s:g} s") from error
+        except OSError as error:
+            raise ServerNotRunning(
+                f"no server {self.directory.name!r} runs here ({path}: {error.strerror}); "
+                f"start one: sparseflow-daemon STORE --name {self.directory.name}"
+            ) from error
+
+    def has_ended(self) -> bool:
+        """Whether the server has ended the session, or itself."""
+        if not self.is_over and self._ended.poll(0):
+            self.is_over = True
+        return self.is_over
+
+    def close_descriptors(self) -> None:
+        """What they stand for is mapped by now. May be called twice."""
+        for fd in self.descriptors.values():
+            os.close(fd)
+        self.descriptors = {}
+
+    def close(self) -> None:
+        """Say goodbye and wait until the server has taken everything back. May be called twice."""
+        if self.sock.fileno() >= 0 and not self.has_ended():
+            deadline = time.monotonic() + _DETACH_TIMEOUT_S
+            self.sock.settimeout(max(0.01, deadline - time.monotonic()))
+            with suppress(OSError, ServerError):
+                send_packet(self.sock, Detach())
+                receive_packet(self.sock)
+        self._let_go()
+
+    def abandon(self) -> None:
+        """Close without goodbye: in a forked child, whose parent goes on, and where the server is gone."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.is_over = True
+        self.sock.close()
+        self.close_descriptors()
+
+    def __del__(self) -> None:
+        if hasattr(self, "sock"):
+            self.sock.close()

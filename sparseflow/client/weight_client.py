@@ -1,0 +1,437 @@
+"""The weight source of a served model: `WeightClient`, a session with a weight server, its memory mapped here.
+
+Where the server keeps every bundle in its arena, slots are fixed and no message is sent. Where not, a fetch is one
+request. When the server dies, memory that is mapped stays valid; what needs the server waits for another one to come up
+under the same name, attaches to it, and goes on.
+"""
+
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from sparseflow.client.attachment import Attachment
+from sparseflow.client.line import Line
+from sparseflow.client.shared_map import SharedMap
+from sparseflow.core.config import OffloadStrategy
+from sparseflow.core.host_bundles import MappedFetch
+from sparseflow.core.tensor_views import predictor_specs, view_bundles, view_tensors
+from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Early, Fetch, HostBundles, SourceStatus
+from sparseflow.engine.counts import FetchCounts, ReadTimes
+from sparseflow.errors import BadRequest, Draining, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
+from sparseflow.protocol.inquiry import ask_status
+from sparseflow.protocol.messages import TOLD_COUNTS, BundlesFailed, ErrorReply
+from sparseflow.store.manifest import DENSE_NAME, predictor_name
+from sparseflow.store.profile import ModelProfile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOAD_TIMEOUT_S = 600.0
+RECONNECT_TIMEOUT_S = 30.0
+_RETRY_S = 0.05
+_STRATEGY_FIELDS = ("aggressive_offload", "use_lru_eviction")
+_CLIENTS: "weakref.WeakSet[WeightClient]" = weakref.WeakSet()
+
+
+class WeightClient:
+    """A model that a weight server serves: a `WeightSource`."""
+
+    def __init__(
+        self,
+        name: str,
+        model: str | None = None,
+        *,
+        expected: Mapping[str, Any] | None = None,
+        load_timeout_s: float = LOAD_TIMEOUT_S,
+        reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
+    ) -> None:
+        """Attach.
+
+        Args:
+            name: of the server.
+            model: which of its models; None: its only one.
+            expected: fields that must be as given, such as `dtype` or `weights` (the fingerprint).
+            load_timeout_s: how long to wait for a server that is still loading.
+            reconnect_timeout_s: how long a fetch waits for another server, when this one has ended.
+
+        Raises:
+            ServerNotRunning, NoAnswer, NoSuchModel, FingerprintMismatch, ProtocolMismatch, ArenaBusy: as they say.
+        """
+        self.name = name
+        self._reconnect_timeout_s = reconnect_timeout_s
+        self._lock = threading.RLock()
+        self._request_ids = itertools.count(1)
+        self._own = threading.local()
+        self._lines: list[Line] = []
+        self._is_closed = self._is_forked = False
+        self._earlier = FetchCounts()  # what earlier servers told, and the time waited for any
+        self._looked_s = 0.0
+        self._context = zmq.Context()
+        self._base: Tensor | None = None
+        self._layers: list[Tensor] | None = None  # one view a layer, where every bundle is in the arena
+        try:
+            self._attachment = Attachment(name, model or "", dict(expected or {}), load_timeout_s)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        welcome, regions = self._attachment.welcome, self._attachment.regions
+        self.model = welcome.model
+        self.profile = ModelProfile(**welcome.profile)
+        self._parts = {name: regions[name]["parts"] for name in ("dense", "predictors", "files")}
+        self._maps = {name: self._mapped(name) for name in self._parts}
+        self._map_arena()
+        files = self._parts["files"]
+        files = self._parts["files"]
+        self.model_files: Mapping[str, bytes] = {name: bytes(self._part("files", name)) for name in files}
+        self._attachment.close_descriptors()
+        _CLIENTS.add(self)
+
+    # --- the seam
+
+    @property
+    def fetch_limit(self) -> int:
+        """As `WeightSource.fetch_limit`: this session's share of the arena."""
+        return self._attachment.welcome.fetch_limit
+
+    @property
+    def read_times(self) -> ReadTimes:
+        """As `WeightSource.read_times`, measured by the server."""
+        return ReadTimes(self._attachment.welcome.layer_s, self._attachment.welcome.scattered_s)
+
+    @property
+    def strategy(self) -> OffloadStrategy:
+        """What the server was started with."""
+        return OffloadStrategy(**self._attachment.welcome.strategy)
+
+    def use_strategy(self, strategy: OffloadStrategy) -> None:
+        """As `WeightSource.use_strategy`: the server decides, so the strategy must allow what it does."""
+        served = self.strategy
+        differing = [name for name in _STRATEGY_FIELDS if getattr(strategy, name) != getattr(served, name)]
+        if served.cpu_cache_ratio > strategy.cpu_cache_ratio:
+            differing.append("cpu_cache_ratio")
+        if differing:
+            raise BadRequest(
+                f"server {self.name!r} keeps bundles by {served}, the model asks for other {', '.join(differing)}; "
+                "leave them out, or start a server with them"
+            )
+
+    def dense(self) -> "Mapping[str, Tensor]":
+        """As `WeightSource.dense`: the server's own memory."""
+        self._require_own()
+        return view_tensors(self._part("dense", DENSE_NAME), Path(DENSE_NAME))
+
+    def predictor_tensors(self) -> "Mapping[str, Tensor]":
+        """As `WeightSource.predictor_tensors`: the server's own memory."""
+        self._require_own()
+        expected = predictor_specs(self.profile)
+        return {
+            f"{layer}.{name}": tensor
+            for layer in range(self.profile.num_layers)
+            for name, tensor in view_tensors(
+                self._part("predictors", predictor_name(layer)), Path(predictor_name(layer)), expected
+            ).items()
+        }
+
+    def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        """As `WeightSource.hint`."""
+        self._require_own()
+        if self._layers is None and not self._attachment.has_ended():
+            try:
+                self._line().hint(layer, ids)
+            except ServerError:  # the fetch that follows will find out, and wait for another server
+                self._attachment.has_ended()
+
+    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
+        """As `WeightSource.fetch`."""
+        self._require_own()
+        if self._layers is not None:
+            if layer == 0 and self._attachment.has_ended():
+                self._look_for_successor()
+            return MappedFetch(HostBundles(self._layers[layer], ids))
+        return ServedFetch(self, layer, ids)
+
+    def counts(self) -> FetchCounts:
+        """As `WeightSource.counts`: of this session."""
+        lines = [line for line in self._lines if line.attachment is self._attachment]
+        told = max((line.counts for line in lines), key=sum, default=[])
+        n_messages = sum(line.n_messages for line in lines)
+        return self._earlier + FetchCounts(**dict(zip(TOLD_COUNTS, told, strict=False)), messages=n_messages)
+
+    def note_tokens(self, n: int) -> None:
+        """As `WeightSource.note_tokens`: `sparseflow status` shows them."""
+        self._attachment.counters.add_tokens(n)
+
+    def status(self) -> SourceStatus:
+        """As `WeightSource.status`, asked of the server."""
+        if self._is_closed:
+            return SourceStatus("closed", 0, 0, {"shared": 0, "private": 0})
+        welcome = self._attachment.welcome
+        told = ask_status(self.name)
+        model = next(model for model in told["models"] if model["name"] == self.model)
+        return SourceStatus(
+            told["state"],
+            self.profile.num_layers * self.profile.ffn_dimension,
+            model["n_resident"] or 0,
+            {"shared": sum(region["nbytes"] for region in self._attachment.regions.values()), "private": 0},
+            welcome.io,
+            None if welcome.is_resident else welcome.disk_bytes_per_s,
+            tuple(told["disk"]["reasons"]),
+            self.counts(),
+        )
+
+    def close(self) -> None:
+        """Give everything back: the session, its leases, sockets and descriptors. May be called twice.
+
+        Memory that tensors still show stays mapped until they are gone.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            if self._is_forked:
+                return
+            for line in self._lines:
+                line.close()
+            self._lines.clear()
+            self._attachment.close()
+            self._context.destroy(linger=0)
+            self._maps.clear()
+            self._layers, self._base = None, None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise BadRequest("a session belongs to one process; attach again in the other (from_server)")
+
+    # --- memory
+
+    def _mapped(self, region: str) -> SharedMap:
+        nbytes = int(self._attachment.regions[region]["nbytes"])
+        return SharedMap(self._attachment.descriptors[region], nbytes, changes=region == "arena")
+
+    def _part(self, region: str, name: str) -> memoryview:
+        start, nbytes = self._parts[region][name]
+        return memoryview(self._maps[region].content)[start : start + nbytes]
+
+    def _map_arena(self) -> None:
+        welcome, ffn_dim = self._attachment.welcome, self.profile.ffn_dimension
+        arena = self._mapped("arena")
+        base = self._base = view_bundles(arena.content, self.profile)
+        self._layers = None
+        if welcome.is_resident:
+            self._layers = [base[n * ffn_dim : (n + 1) * ffn_dim] for n in range(self.profile.num_layers)]
+
+    # --- the session
+
+    def _line(self) -> Line:
+        """This thread's line to the server as it is now."""
+        line: Line | None = getattr(self._own, "line", None)
+        if line is None or line.attachment is not self._attachment:
+            with self._lock:
+                self._require_own()
+                if line is not None:
+                    line.close()
+                    self._lines.remove(line)
+                line = self._own.line = Line(self._attachment, self._context, self._request_ids)
+                self._lines.append(line)
+        return line
+
+    def _require_own(self) -> None:
+        if self._is_closed:
+            raise BadRequest("the model was closed; open it again (from_server)")
+        if self._is_forked:
+            raise BadRequest(
+                "a forked process cannot use its parent's session; open the model there again (from_server)"
+            )
+
+    def recover(self, lost: Attachment) -> None:
+        """Attach to the server that comes up in the place of one that ended.
+
+        Raises:
+            ServerNotRunning: none does within `reconnect_timeout_s`. FingerprintMismatch: it holds other weights.
+        """
+        deadline_s = time.monotonic() + self._reconnect_timeout_s
+        with self._lock:
+            while self._attachment is lost:
+                self._require_own()
+                left_s = deadline_s - time.monotonic()
+                try:
+                    self._attach_to_successor(max(left_s, _RETRY_S))
+                except (ServerNotRunning, Draining, NoAnswer) as error:
+                    if left_s <= _RETRY_S:
+                        raise ServerNotRunning(
+                            f"server {self.name!r} (pid {lost.welcome.server_pid}) ended, and none took its place "
+                            f"within {self._reconnect_timeout_s:g} s; start it again (sparseflow-daemon STORE --name "
+                            f"{self.name}) and repeat the call"
+                        ) from error
+                    time.sleep(_RETRY_S)
+
+    def _look_for_successor(self) -> None:
+        """All bundles are mapped, so nothing has to be waited for; but a new server should know of us."""
+        now = time.monotonic()
+        if now - self._looked_s >= 1.0 and self._lock.acquire(blocking=False):
+            self._looked_s = now
+            try:
+                self._attach_to_successor(1.0)
+            except (ServerNotRunning, Draining, NoAnswer):
+                pass  # later, then
+            finally:
+                self._lock.release()
+
+    def _attach_to_successor(self, timeout_s: float) -> None:
+        """Change over to the server that runs now; what tensors show stays where it is."""
+        lost = self._attachment
+        expected = {name: value for name, value in lost.welcome.identity.items() if name not in ("protocol", "layout")}
+        found = Attachment(self.name, self.model, expected, timeout_s)
+        try:
+            for name, shared in self._maps.items():
+                if found.regions[name]["nbytes"] != shared.nbytes or found.regions[name]["parts"] != self._parts[name]:
+                    raise ServerError(f"server {self.name!r} lays {name} out otherwise; open the model again")
+            for name, shared in self._maps.items():
+                shared.replace(found.descriptors[name])
+            self._earlier = self.counts()
+            self._attachment = found
+            self._map_arena()
+        finally:
+            found.close_descriptors()
+        found.counters.add_tokens(lost.counters.tokens)
+
+    def _after_fork(self) -> None:
+        """In the child: the session stays the parent's alone."""
+        self._is_forked = True
+        self._attachment.abandon()
+
+    def note_wait(self, seconds: float) -> None:
+        """Count time that a fetch was waited for."""
+        self._earlier += FetchCounts(wait_s=seconds)
+
+    @property
+    def base(self) -> "Tensor":
+        """(n_slots, 2, hidden): the arena."""
+        self._require_own()
+        assert self._base is not None  # not closed
+        return self._base
+
+
+class ServedFetch:
+    """A fetch of the server's engine: asked for when it is made, leased until it is released."""
+
+    __slots__ = ("_base", "_client", "_failure", "_ids", "_layer", "_line", "_loading", "_request_id", "_slots")
+
+    def __init__(self, client: WeightClient, layer: int, ids: NDArray[np.uint32]) -> None:
+        self._client, self._layer, self._ids = client, layer, ids
+        self._slots: NDArray[np.uint32] | None = None
+        self._loading: NDArray[np.uint32] = np.empty(0, np.uint32)
+        self._ask()
+
+    def early(self) -> Early:
+        """As `Fetch.early`; waits for the server's answer, not for its disk."""
+        slots = self._granted(time.monotonic() + FETCH_TIMEOUT_S)
+        positions = np.delete(np.arange(len(slots)), self._loading) if len(self._loading) else np.arange(len(slots))
+        return Early(HostBundles(self._base, slots[positions]), positions)
+
+    def wait(self, timeout_s: float) -> HostBundles:
+        """As `Fetch.wait`."""
+        begin_s = time.monotonic()
+        deadline_s = begin_s + timeout_s
+        while True:
+            slots = self._granted(deadline_s)
+            if len(self._loading) and not self._has_arrived(deadline_s):
+                continue  # another server has to be asked
+            self._client.note_wait(time.monotonic() - begin_s)
+            return HostBundles(self._base, slots)
+
+    def release(self) -> None:
+        """As `Fetch.release`; told with the next request, after the last layer at once."""
+        self._release(at_once=self._layer + 1 == self._client.profile.num_layers)
+
+    def __enter__(self) -> "ServedFetch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.release()
+        else:
+            self._release(at_once=True)
+
+    def _ask(self, *, whole: bool = False) -> None:
+        while True:
+            line = self._client._line()
+            try:
+                self._line, self._base = line, self._client.base
+                self._request_id = line.acquire(self._layer, self._ids, FETCH_TIMEOUT_S, whole=whole)
+                return
+            except ServerNotRunning:
+                self._client.recover(line.attachment)
+
+    def _granted(self, deadline_s: float) -> NDArray[np.uint32]:
+        """Slots of all ids, leased."""
+        while self._slots is None:
+            try:
+                answer = self._line.granted(self._request_id, deadline_s)
+            except ServerNotRunning:
+                self._start_afresh()
+                continue
+            if not isinstance(answer, ErrorReply):
+                self._slots, self._loading = answer.slots, answer.loading
+                break
+            error = of_wire_code(answer.code, answer.text)
+            if isinstance(error, Resync) and not self._line.attachment.has_ended():
+                self._ask(whole=True)
+            elif isinstance(error, Resync | Draining):
+                self._start_afresh()
+            else:
+                raise error
+        return self._slots
+
+    def _has_arrived(self, deadline_s: float) -> bool:
+        """Wait for bundles that were on their way. False: the server is another one now."""
+        try:
+            arrival = self._line.arrived(self._request_id, deadline_s)
+        except ServerNotRunning:
+            self._start_afresh()
+            return False
+        if isinstance(arrival, BundlesFailed):
+            raise of_wire_code(arrival.code, arrival.text)
+        self._loading = np.empty(0, np.uint32)
+        return True
+
+    def _start_afresh(self) -> None:
+        self._client.recover(self._line.attachment)
+        self._slots = None
+        self._loading = np.empty(0, np.uint32)
+        self._ask(whole=True)
+
+    def _release(self, *, at_once: bool) -> None:
+        if self._line.attachment is self._client._attachment and self._request_id:
+            request_id, self._request_id = self._request_id, 0
+            try:
+                self._line.release(request_id, at_once=at_once)
+            except ServerError:  # it has ended, and its leases with it
+                self._line.attachment.has_ended()
+
+
+def _after_fork() -> None:
+    for client in list(_CLIENTS):
+        client._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

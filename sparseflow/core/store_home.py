@@ -1,0 +1,47 @@
+"""Where converted stores are kept, and how one is found there or made."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from sparseflow.core.checkpoint import Checkpoint, locate, model_name
+from sparseflow.core.converter import convert
+from sparseflow.errors import BadRequest
+from sparseflow.store.manifest import FORMAT_VERSION, MANIFEST_NAME
+
+
+def sparseflow_home() -> Path:
+    """Where converted stores are kept: `$SPARSEFLOW_HOME`, else `sparseflow` in the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SPARSEFLOW_HOME") or f"{cache}/sparseflow").expanduser()
+
+
+def find_or_convert(
+    name: str, cache_dir: str | Path | None = None, *, dtype: str | None = None, quiet: bool = True
+) -> Path:
+    """The store of a name: that folder itself, or the one that was or now is made of a checkpoint.
+
+    Args:
+        name: a store, a transformers checkpoint folder, or a hub id.
+        cache_dir: where stores are kept; None: `sparseflow_home()`.
+        dtype: of the weights; None: as the checkpoint has them.
+
+    Raises:
+        DiskError, UnsupportedModel, BadRequest: as their texts say.
+    """
+    folder = locate(name)
+    if (folder / MANIFEST_NAME).is_file():
+        return folder
+    checkpoint = Checkpoint(folder, model_name(name))
+    identity = json.dumps([str(folder), checkpoint.identity(), dtype or checkpoint.dtype(), FORMAT_VERSION])
+    digest = hashlib.blake2s(identity.encode(), digest_size=6).hexdigest()
+    stores = Path(cache_dir).expanduser() if cache_dir else sparseflow_home() / "stores"
+    path = stores / f"{checkpoint.name}-{digest}"
+    if not path.exists():
+        try:
+            convert(checkpoint, path, dtype=dtype, quiet=quiet)
+        except BadRequest:
+            if not path.exists():  # else another process was faster
+                raise
+    return path

@@ -1,0 +1,68 @@
+"""Tensors as views of memory that lies there already: mapped files, or memory that a server shares."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparseflow.errors import DiskError, ShardCorrupt
+from sparseflow.store.codes import code_specs
+from sparseflow.store.profile import ModelProfile
+from sparseflow.store.shard_format import TensorPlace, TensorSpec, map_file, places_in, read_places
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def map_tensors(path: Path, expected: Sequence[TensorSpec] | None = None) -> "dict[str, Tensor]":
+    """All tensors of one of our files, as views of its pages: copy-on-write, so treat them as read-only.
+
+    Raises:
+        ShardCorrupt: the file does not hold the `expected` tensors, whose sizes kernels take for granted.
+    """
+    return _tensors(map_file(path), read_places(path), path, expected)
+
+
+def view_tensors(content: Any, path: Path, expected: Sequence[TensorSpec] | None = None) -> "dict[str, Tensor]":
+    """As `map_tensors`, of a file that is in memory.
+
+    Args:
+        content: a buffer that torch may take for writable.
+        path: what errors call it.
+    """
+    return _tensors(content, places_in(np.frombuffer(content, np.uint8), path), path, expected)
+
+
+def predictor_specs(profile: ModelProfile) -> list[TensorSpec]:
+    """The tensors of one layer's predictor file."""
+    return code_specs(profile.ffn_dimension, profile.hidden_dimension)
+
+
+def view_bundles(slots: Any, profile: ModelProfile) -> "Tensor":
+    """n bundles, one after the other, as (n, 2, hidden) of the store's dtype. slots: a buffer, or an array of bytes."""
+    import torch
+
+    raw = torch.from_numpy(slots) if isinstance(slots, np.ndarray) else torch.frombuffer(slots, dtype=torch.uint8)
+    shape = (-1, profile.parts_per_bundle, profile.hidden_dimension)
+    return raw.view(-1).view(getattr(torch, profile.dtype)).view(shape)
+
+
+def _tensors(
+    memory: Any, places: dict[str, TensorPlace], path: Path, expected: Sequence[TensorSpec] | None
+) -> "dict[str, Tensor]":
+    import torch
+
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U64": torch.uint64}
+    if expected is not None and [place.spec for place in places.values()] != list(expected):
+        raise ShardCorrupt(
+            f"{path}: not laid out as this version of SparseFlow reads it; remove the store and convert the model again"
+        )
+    content = torch.frombuffer(memory, dtype=torch.uint8)
+    tensors: dict[str, Tensor] = {}
+    for name, place in places.items():
+        raw = content[place.offset : place.offset + place.spec.nbytes]
+        if raw.storage_offset() % raw.new_empty(0, dtype=dtypes[place.spec.dtype]).element_size():
+            raise DiskError(f"{path}: tensor {name!r} is not aligned; remove the store and convert the model again")
+        tensors[name] = raw.view(dtypes[place.spec.dtype]).view(place.spec.shape)
+    return tensors

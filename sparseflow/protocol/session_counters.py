@@ -1,0 +1,28 @@
+"""One page that the server gives to each session: the client counts in it, the server reads. No message is needed.
+
+byte 0       8
++------------+------
+| tokens,    | zero
+| uint64     |
++------------+------
+"""
+
+import mmap
+
+COUNTERS_NBYTES = 4096
+
+
+class SessionCounters:
+    """A view of the page, on either side."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._words = memoryview(mapping).cast("Q")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens decoded so far."""
+        return self._words[0]
+
+    def add_tokens(self, n: int) -> None:
+        """Count tokens. The client's only."""
+        self._words[0] += n
