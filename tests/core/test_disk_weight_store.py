@@ -15,7 +15,7 @@ import torch
 from opt_family import FAMILY, same_bits, tensors_in
 from transformers import OPTConfig
 
-from sparseflow.core import weight_manager
+from sparseflow.core import store_home
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.converter import convert
 from sparseflow.core.store_home import sparseflow_home
