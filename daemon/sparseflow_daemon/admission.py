@@ -22,7 +22,7 @@ from sparseflow_daemon.sessions import Session
 
 _SO_PEERPIDFD = 77  # Linux 6.5 and later: without it the pid may have been given to another process meanwhile
 _GREETING_TIMEOUT_S = 5.0
-_REGIONS = ("arena", "dense", "predictors", "files")
+_REGIONS = ("arena", "table", "dense", "predictors", "files")
 
 
 @dataclass(eq=False)

@@ -22,6 +22,7 @@ from sparseflow_daemon.config import ServerConfig
 _log = logging.getLogger(__name__)
 _LOAD_TIMEOUT_S = 600.0  # of one layer
 _PAGE = 4096
+_MOST_IDS = 32768  # of one request: what a packet holds
 
 
 class ServedModel:
@@ -45,7 +46,7 @@ class ServedModel:
         self.n_bundles = self.profile.num_layers * self.profile.ffn_dimension
         self.n_slots = plan.n_slots or self.n_bundles
         self.is_resident = plan.n_slots is None
-        self.fetch_limit = max(1, min(self.profile.ffn_dimension, self.n_slots // (config.max_sessions + 1)))
+        self.fetch_limit = max(1, min(self.profile.ffn_dimension, self.n_slots // (config.max_sessions + 1), _MOST_IDS))
         self.state = "loading"
         self.error: SparseFlowError | None = None
         self.regions: dict[str, SharedMemory] = {}
@@ -93,9 +94,10 @@ class ServedModel:
                 shared=True,
                 event_fd=self.event_fd,
             )
-            assert self.engine.arena.memory is not None  # it is shared
+            assert self.engine.arena.memory is not None and self.engine.table.memory is not None  # they are shared
             self.regions["arena"] = self.engine.arena.memory
-            self.parts["arena"] = {}
+            self.regions["table"] = self.engine.table.memory
+            self.parts["arena"] = self.parts["table"] = {}
             if self.is_resident:
                 self._fill()
             self.state = "ready"

@@ -16,8 +16,7 @@ from contextlib import suppress
 import zmq
 
 from sparseflow.errors import BadRequest, Draining, NotPermitted, Resync, ServerError, SparseFlowError
-from sparseflow.protocol.codec import MOST_NBYTES, Undecodable, decode
-from sparseflow.protocol.codec import encode as encoded
+from sparseflow.protocol.codec import MOST_NBYTES, Undecodable, decode, encode
 from sparseflow.protocol.messages import (
     AcquireNeurons,
     Attach,
@@ -25,12 +24,13 @@ from sparseflow.protocol.messages import (
     Detached,
     ErrorReply,
     HintNeurons,
+    Join,
     Message,
     ReleaseLeases,
     StatusReply,
     StatusRequest,
 )
-from sparseflow.protocol.packets import receive_packet, send_packet
+from sparseflow.protocol.packets import PACKET_NBYTES, receive_packet, send_packet
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow_daemon import status
 from sparseflow_daemon.admission import Greeting, greet, model_for, open_session
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _WAITING_TICK_S = 0.05  # while some request waits for something that has a deadline
 _MOST_AT_ONCE = 64  # messages between two looks at everything else
-_TOKEN_NBYTES = 16
+_MOST_LINES = 64  # of one session: threads that fetch
 _BACKLOG = 64
 _LOADER_TIMEOUT_S = 30.0
 
@@ -58,6 +58,7 @@ class Server:
         self.began_s = time.time()
         self.sessions: dict[bytes, Session] = {}
         self.leasings: dict[str, Leasing] = {}
+        self._lines: dict[bytes, socket.socket] = {}
         self.is_draining = False
         self.n_loop_errors = 0
         self.last_tick_s = time.monotonic()
@@ -145,73 +146,124 @@ class Server:
         is_waiting = any(session.waiting or session.leases for session in self.sessions.values())
         timeout_s = _WAITING_TICK_S if is_waiting or self.is_draining else _TICK_S
         ready = dict(self._poller.poll(int(1000 * timeout_s)))
-        if self._router in ready:
-            self._serve_requests()
         if self._epoll.fileno() in ready:
             for fd, _ in self._epoll.poll(0):
                 if fd in self._handlers:
                     self._handlers[fd]()
-        for name, leasing in self.leasings.items():
-            if leasing.has_ungranted or (is_waiting and not ready):
+        if self._router in ready:
+            self._answer_questions()
+        if is_waiting and not ready:
+            for name in self.leasings:
                 self._progress(name)
 
-    def _serve_requests(self) -> None:
+    def _answer_questions(self) -> None:
+        """Whoever asks on `ctl.sock` is answered, whatever is wrong with the question."""
         for _ in range(_MOST_AT_ONCE):
             try:
-                identity, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._send(self._answers(identity, frames))
+            try:
+                answer = self._answer(frames)
+            except Undecodable as error:
+                answer = self._error(error.request_id, error)
+            except SparseFlowError as error:
+                answer = self._error(0, error)
+            with suppress(zmq.ZMQError):  # it is gone, or reads nothing
+                self._router.send_multipart([peer, encode(answer)], zmq.NOBLOCK)
 
-    def _answers(self, identity: bytes, frames: list[bytes]) -> list[Outgoing]:
-        """Replies to one message; exactly one to a request, whatever is wrong with it."""
+    def _answer(self, frames: list[bytes]) -> Message:
+        if len(frames) != 1:
+            raise BadRequest(f"a message of {len(frames)} frames; send one")
+        message = decode(frames[0])
+        if not isinstance(message, StatusRequest):
+            text = f"{type(message).__name__} is not taken on this socket; it answers StatusRequest"
+            return self._error(getattr(message, "request_id", 0), BadRequest(text))
+        return StatusReply(message.request_id, self.epoch, status.content(self))
+
+    # --- lines
+
+    def _join(self, greeting: Greeting, join: Join) -> None:
+        """Make a connection a line of its session.
+
+        Raises:
+            Resync: there is no such session. BadRequest: it has lines enough.
+        """
+        session = self.sessions.get(join.session)
+        if session is None or session.is_quarantined or join.epoch != self.epoch:
+            raise Resync(f"no such session in epoch {self.epoch}; attach again")
+        if len(session.lines) >= _MOST_LINES:
+            raise BadRequest(f"{len(session.lines)} lines of this session are open; close some, or use fewer threads")
+        key = secrets.token_bytes(8)
+        session.lines.add(key)
+        self._lines[key] = greeting.sock
+        self._greetings.discard(greeting)
+        self._handlers[greeting.sock.fileno()] = lambda: self._on_line(session, key)
+
+    def _on_line(self, session: Session, key: bytes) -> None:
+        """Serve what a line asks."""
+        for _ in range(_MOST_AT_ONCE):
+            try:
+                content = self._lines[key].recv(PACKET_NBYTES)
+            except (BlockingIOError, KeyError):  # nothing more; or it was hung up on
+                break
+            except OSError:
+                content = b""
+            if not content:
+                self._hang_up(session, key)
+                break
+            self._send(self._answers(session, key, content))
+
+    def _answers(self, session: Session, key: bytes, content: bytes) -> list[Outgoing]:
+        """Replies to one packet; exactly one to a request, whatever is wrong with it."""
         request_id = 0
         try:
-            if len(frames) != 1:
-                raise BadRequest(f"a message of {len(frames)} frames; send one")
-            message = decode(frames[0])
+            message = decode(content)
             request_id = getattr(message, "request_id", 0)
-            return self._handle(identity, message)
-        except Undecodable as error:
-            return [(identity, self._error(error.request_id, error))]
+            return self._handle(session, key, message)
+        except Resync as error:
+            return [(key, self._error(request_id, error))]
         except SparseFlowError as error:
-            session = self.sessions.get(identity[:_TOKEN_NBYTES])
-            if session is not None and not isinstance(error, Resync):
-                session.last_error = str(error)
-            return [(identity, self._error(request_id, error))]
+            session.last_error = str(error)
+            return [(key, self._error(getattr(error, "request_id", request_id), error))]
         except Exception as error:
             self.n_loop_errors += 1
             _log.exception("request %d", request_id)
-            return [(identity, self._error(request_id, ServerError(f"internal: {error!r}; see the server's log")))]
+            return [(key, self._error(request_id, ServerError(f"internal: {error!r}; see the server's log")))]
 
-    def _handle(self, identity: bytes, message: Message) -> list[Outgoing]:
-        if isinstance(message, StatusRequest):
-            return [(identity, StatusReply(message.request_id, self.epoch, status.content(self)))]
-        if not isinstance(message, AcquireNeurons | HintNeurons | ReleaseLeases):
-            raise BadRequest(f"{type(message).__name__} is not taken on this socket")
-        session = self.sessions.get(identity[:_TOKEN_NBYTES])
-        if session is None or session.is_quarantined or message.epoch != self.epoch:
-            if isinstance(message, AcquireNeurons):
-                raise Resync(f"no such session in epoch {self.epoch}; attach again")
-            return []
+    def _handle(self, session: Session, key: bytes, message: Message) -> list[Outgoing]:
+        if getattr(message, "epoch", self.epoch) != self.epoch:
+            raise Resync(f"this is epoch {self.epoch}; attach again")
         leasing = self.leasings[session.model.name]
         match message:
             case AcquireNeurons():
                 if self.is_draining:
                     raise Draining("the server is ending; attach to its successor")
-                return leasing.acquire(session, identity, message)
+                return leasing.acquire(session, key, message)
             case HintNeurons():
                 leasing.hint(session, message)
                 return []
             case ReleaseLeases():
                 return leasing.release(session, message.released)
+        raise BadRequest(f"{type(message).__name__} is not taken on a line")
 
     def _send(self, out: list[Outgoing]) -> None:
-        for identity, message in out:
+        for key, message in out:
+            sock = self._lines.get(key)
+            if sock is None:
+                continue
             try:
-                self._router.send_multipart([identity, encoded(message)], zmq.NOBLOCK)
-            except zmq.ZMQError as error:  # it is gone, or reads nothing: its process or its deadline will tell
-                _log.debug("%s to %r was not delivered: %s", type(message).__name__, identity, error)
+                sock.send(encode(message))
+            except OSError as error:  # it is gone; or does not read its answers, and will see that it missed some
+                _log.debug("%s was not delivered: %s", type(message).__name__, error)
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def _hang_up(self, session: Session, key: bytes) -> None:
+        sock = self._lines.pop(key)
+        session.lines.discard(key)
+        self.unwatch(sock.fileno())
+        sock.close()
 
     def _error(self, request_id: int, error: SparseFlowError) -> ErrorReply:
         return ErrorReply(request_id, self.epoch, error.wire_code, str(error))
@@ -273,8 +325,11 @@ class Server:
         try:
             message, descriptors = receive_packet(greeting.sock)
             _close(descriptors)
+            if isinstance(message, Join) and greeting.attach is None:
+                self._join(greeting, message)
+                return
             if greeting.attach is not None or not isinstance(message, Attach):
-                raise BadRequest(f"{type(message).__name__}: a connection begins with one Attach")
+                raise BadRequest(f"{type(message).__name__}: a connection begins with one Attach or Join")
             greeting.attach = message
             self._welcome(greeting)
         except ServerError:  # it has closed
@@ -328,6 +383,8 @@ class Server:
             self._end(session)
             return
         session.is_quarantined = True
+        for key in list(session.lines):
+            self._hang_up(session, key)
         session.last_error = "the connection ended without goodbye"
         self.unwatch(session.sock.fileno())
         session.sock.close()
@@ -340,8 +397,9 @@ class Server:
         if session.sock.fileno() >= 0:
             self.unwatch(session.sock.fileno())
         self.unwatch(session.pidfd)
-        leasing = self.leasings[session.model.name]
-        leasing.forget(session)
+        for key in list(session.lines):
+            self._hang_up(session, key)
+        self.leasings[session.model.name].forget(session)
         session.close()
         _log.info("session of pid %d is over", session.pid)
         self._progress(session.model.name)

@@ -19,24 +19,14 @@ _RATE_WINDOW_S = 10.0
 
 
 @dataclass(slots=True)
-class LastSet:
-    """What one socket of a client asked for last of one layer. ids ascending uint32 (n,), slots uint32 (n,)."""
-
-    version: int
-    ids: NDArray[np.uint32]
-    slots: NDArray[np.uint32]
-
-
-@dataclass(slots=True)
 class Lease:
-    """A request, from when it came until it is released. base: the set it was the difference to; None: it was whole."""
+    """A request, from when it came until it is released. line: where its reply goes."""
 
-    identity: bytes
+    line: bytes
     request: AcquireNeurons
     ids: NDArray[np.uint32]
-    base: LastSet | None
     deadline_s: float
-    """When it is refused if it has no slots yet."""
+    """When it is refused if it is not begun yet."""
     fetch: int = 0
     """Its number in the engine; 0: not begun, because the session would hold more than its share."""
 
@@ -55,9 +45,9 @@ class Session:
     """Its connection ended without goodbye while its process lives: it gets nothing new, and what it leases stays."""
     leases: dict[int, Lease] = field(default_factory=dict)
     """Begun, by request id."""
+    lines: set[bytes] = field(default_factory=set)
     waiting: deque[Lease] = field(default_factory=deque)
     """Not begun."""
-    sets: dict[tuple[bytes, int], LastSet] = field(default_factory=dict)
     counts: FetchCounts = field(default_factory=FetchCounts)
     last_error: str | None = None
     since_s: float = field(default_factory=time.time)

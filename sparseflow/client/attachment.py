@@ -8,18 +8,21 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from sparseflow.client.arena_view import ArenaView
+from sparseflow.client.shared_map import SharedMap
 from sparseflow.errors import NoAnswer, ProtocolMismatch, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Attach, Detach, ErrorReply, Welcome
 from sparseflow.protocol.packets import receive_packet, send_packet
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow.protocol.session_counters import SessionCounters
+from sparseflow.store.profile import ModelProfile
 
 _DETACH_TIMEOUT_S = 2.0
 ALWAYS_EXPECTED = {"protocol": PROTOCOL_VERSION, "layout": LAYOUT_VERSION}
 
 
 class Attachment:
-    """An open session. The server ends it when this process ends, or when `close` says goodbye."""
+    """An open session, and the arena of this run of the server. It ends with this process, or by `close`."""
 
     def __init__(self, name: str, model: str, expected: dict[str, Any], timeout_s: float) -> None:
         """
@@ -47,6 +50,8 @@ class Attachment:
             self.welcome = answer
             self.regions = {region["name"]: region for region in answer.regions}
             self.descriptors = dict(zip(self.regions, descriptors, strict=True))
+            self.profile = ModelProfile(**answer.profile)
+            self.arena = ArenaView(self.mapped("arena", changes=True), self.mapped("table", changes=True), self.profile)
             counters = mmap.mmap(self.descriptors["counters"], self.regions["counters"]["nbytes"])
             self.counters = SessionCounters(counters)
         except NoAnswer as error:
@@ -70,6 +75,10 @@ class Attachment:
                 f"no server {self.directory.name!r} runs here ({path}: {error.strerror}); "
                 f"start one: sparseflow-daemon STORE --name {self.directory.name}"
             ) from error
+
+    def mapped(self, region: str, *, changes: bool = False) -> SharedMap:
+        """Memory that was handed over. changes: the server goes on writing to it."""
+        return SharedMap(self.descriptors[region], int(self.regions[region]["nbytes"]), changes=changes)
 
     def has_ended(self) -> bool:
         """Whether the server has ended the session, or itself."""

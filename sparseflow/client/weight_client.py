@@ -16,22 +16,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
-import zmq
 from numpy.typing import NDArray
 
+from sparseflow.client.arena_view import Sighting
 from sparseflow.client.attachment import Attachment
 from sparseflow.client.line import Line
-from sparseflow.client.shared_map import SharedMap
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.host_bundles import MappedFetch
-from sparseflow.core.tensor_views import predictor_specs, view_bundles, view_tensors
+from sparseflow.core.tensor_views import predictor_specs, view_tensors
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Early, Fetch, HostBundles, SourceStatus
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.errors import BadRequest, Draining, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.inquiry import ask_status
-from sparseflow.protocol.messages import TOLD_COUNTS, BundlesFailed, ErrorReply
+from sparseflow.protocol.messages import TOLD_COUNTS, ErrorReply
 from sparseflow.store.manifest import DENSE_NAME, predictor_name
-from sparseflow.store.profile import ModelProfile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,24 +74,15 @@ class WeightClient:
         self._is_closed = self._is_forked = False
         self._earlier = FetchCounts()  # what earlier servers told, and the time waited for any
         self._looked_s = 0.0
-        self._context = zmq.Context()
-        self._base: Tensor | None = None
-        self._layers: list[Tensor] | None = None  # one view a layer, where every bundle is in the arena
-        try:
-            self._attachment = Attachment(name, model or "", dict(expected or {}), load_timeout_s)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-        welcome, regions = self._attachment.welcome, self._attachment.regions
-        self.model = welcome.model
-        self.profile = ModelProfile(**welcome.profile)
-        self._parts = {name: regions[name]["parts"] for name in ("dense", "predictors", "files")}
-        self._maps = {name: self._mapped(name) for name in self._parts}
-        self._map_arena()
-        files = self._parts["files"]
+        self.attachment = Attachment(name, model or "", dict(expected or {}), load_timeout_s)
+        self.model = self.attachment.welcome.model
+        self.profile = self.attachment.profile
+        names = ("dense", "predictors", "files")
+        self._parts = {name: self.attachment.regions[name]["parts"] for name in names}
+        self._maps = {name: self.attachment.mapped(name) for name in names}
         files = self._parts["files"]
         self.model_files: Mapping[str, bytes] = {name: bytes(self._part("files", name)) for name in files}
-        self._attachment.close_descriptors()
+        self.attachment.close_descriptors()
         _CLIENTS.add(self)
 
     # --- the seam
@@ -101,17 +90,17 @@ class WeightClient:
     @property
     def fetch_limit(self) -> int:
         """As `WeightSource.fetch_limit`: this session's share of the arena."""
-        return self._attachment.welcome.fetch_limit
+        return self.attachment.welcome.fetch_limit
 
     @property
     def read_times(self) -> ReadTimes:
         """As `WeightSource.read_times`, measured by the server."""
-        return ReadTimes(self._attachment.welcome.layer_s, self._attachment.welcome.scattered_s)
+        return ReadTimes(self.attachment.welcome.layer_s, self.attachment.welcome.scattered_s)
 
     @property
     def strategy(self) -> OffloadStrategy:
         """What the server was started with."""
-        return OffloadStrategy(**self._attachment.welcome.strategy)
+        return OffloadStrategy(**self.attachment.welcome.strategy)
 
     def use_strategy(self, strategy: OffloadStrategy) -> None:
         """As `WeightSource.use_strategy`: the server decides, so the strategy must allow what it does."""
@@ -145,44 +134,44 @@ class WeightClient:
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """As `WeightSource.hint`."""
         self._require_own()
-        if self._layers is None and not self._attachment.has_ended():
+        if not self.attachment.welcome.is_resident and not self.attachment.has_ended():
             try:
-                self._line().hint(layer, ids)
+                self.line().hint(layer, ids)
             except ServerError:  # the fetch that follows will find out, and wait for another server
-                self._attachment.has_ended()
+                self.attachment.has_ended()
 
     def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
         """As `WeightSource.fetch`."""
         self._require_own()
-        if self._layers is not None:
-            if layer == 0 and self._attachment.has_ended():
+        if self.attachment.welcome.is_resident:
+            if layer == 0 and self.attachment.has_ended():
                 self._look_for_successor()
-            return MappedFetch(HostBundles(self._layers[layer], ids))
+            return MappedFetch(HostBundles(self.attachment.arena.layer(layer), ids))
         return ServedFetch(self, layer, ids)
 
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""
-        lines = [line for line in self._lines if line.attachment is self._attachment]
+        lines = [line for line in self._lines if line.attachment is self.attachment]
         told = max((line.counts for line in lines), key=sum, default=[])
         n_messages = sum(line.n_messages for line in lines)
         return self._earlier + FetchCounts(**dict(zip(TOLD_COUNTS, told, strict=False)), messages=n_messages)
 
     def note_tokens(self, n: int) -> None:
         """As `WeightSource.note_tokens`: `sparseflow status` shows them."""
-        self._attachment.counters.add_tokens(n)
+        self.attachment.counters.add_tokens(n)
 
     def status(self) -> SourceStatus:
         """As `WeightSource.status`, asked of the server."""
         if self._is_closed:
             return SourceStatus("closed", 0, 0, {"shared": 0, "private": 0})
-        welcome = self._attachment.welcome
+        welcome = self.attachment.welcome
         told = ask_status(self.name)
         model = next(model for model in told["models"] if model["name"] == self.model)
         return SourceStatus(
             told["state"],
             self.profile.num_layers * self.profile.ffn_dimension,
             model["n_resident"] or 0,
-            {"shared": sum(region["nbytes"] for region in self._attachment.regions.values()), "private": 0},
+            {"shared": sum(region["nbytes"] for region in self.attachment.regions.values()), "private": 0},
             welcome.io,
             None if welcome.is_resident else welcome.disk_bytes_per_s,
             tuple(told["disk"]["reasons"]),
@@ -203,10 +192,8 @@ class WeightClient:
             for line in self._lines:
                 line.close()
             self._lines.clear()
-            self._attachment.close()
-            self._context.destroy(linger=0)
+            self.attachment.close()
             self._maps.clear()
-            self._layers, self._base = None, None
 
     def __enter__(self) -> Self:
         return self
@@ -221,34 +208,22 @@ class WeightClient:
 
     # --- memory
 
-    def _mapped(self, region: str) -> SharedMap:
-        nbytes = int(self._attachment.regions[region]["nbytes"])
-        return SharedMap(self._attachment.descriptors[region], nbytes, changes=region == "arena")
-
     def _part(self, region: str, name: str) -> memoryview:
         start, nbytes = self._parts[region][name]
         return memoryview(self._maps[region].content)[start : start + nbytes]
 
-    def _map_arena(self) -> None:
-        welcome, ffn_dim = self._attachment.welcome, self.profile.ffn_dimension
-        arena = self._mapped("arena")
-        base = self._base = view_bundles(arena.content, self.profile)
-        self._layers = None
-        if welcome.is_resident:
-            self._layers = [base[n * ffn_dim : (n + 1) * ffn_dim] for n in range(self.profile.num_layers)]
-
     # --- the session
 
-    def _line(self) -> Line:
+    def line(self) -> Line:
         """This thread's line to the server as it is now."""
         line: Line | None = getattr(self._own, "line", None)
-        if line is None or line.attachment is not self._attachment:
+        if line is None or line.attachment is not self.attachment:
             with self._lock:
                 self._require_own()
                 if line is not None:
                     line.close()
                     self._lines.remove(line)
-                line = self._own.line = Line(self._attachment, self._context, self._request_ids)
+                line = self._own.line = Line(self.attachment, self._request_ids)
                 self._lines.append(line)
         return line
 
@@ -268,7 +243,7 @@ class WeightClient:
         """
         deadline_s = time.monotonic() + self._reconnect_timeout_s
         with self._lock:
-            while self._attachment is lost:
+            while self.attachment is lost:
                 self._require_own()
                 left_s = deadline_s - time.monotonic()
                 try:
@@ -296,7 +271,7 @@ class WeightClient:
 
     def _attach_to_successor(self, timeout_s: float) -> None:
         """Change over to the server that runs now; what tensors show stays where it is."""
-        lost = self._attachment
+        lost = self.attachment
         expected = {name: value for name, value in lost.welcome.identity.items() if name not in ("protocol", "layout")}
         found = Attachment(self.name, self.model, expected, timeout_s)
         try:
@@ -306,8 +281,7 @@ class WeightClient:
             for name, shared in self._maps.items():
                 shared.replace(found.descriptors[name])
             self._earlier = self.counts()
-            self._attachment = found
-            self._map_arena()
+            self.attachment = found
         finally:
             found.close_descriptors()
         found.counters.add_tokens(lost.counters.tokens)
@@ -315,47 +289,38 @@ class WeightClient:
     def _after_fork(self) -> None:
         """In the child: the session stays the parent's alone."""
         self._is_forked = True
-        self._attachment.abandon()
+        self.attachment.abandon()
 
     def note_wait(self, seconds: float) -> None:
         """Count time that a fetch was waited for."""
         self._earlier += FetchCounts(wait_s=seconds)
 
-    @property
-    def base(self) -> "Tensor":
-        """(n_slots, 2, hidden): the arena."""
-        self._require_own()
-        assert self._base is not None  # not closed
-        return self._base
-
 
 class ServedFetch:
     """A fetch of the server's engine: asked for when it is made, leased until it is released."""
 
-    __slots__ = ("_base", "_client", "_failure", "_ids", "_layer", "_line", "_loading", "_request_id", "_slots")
+    __slots__ = ("_client", "_ids", "_layer", "_line", "_request_id", "_seen")
 
     def __init__(self, client: WeightClient, layer: int, ids: NDArray[np.uint32]) -> None:
         self._client, self._layer, self._ids = client, layer, ids
-        self._slots: NDArray[np.uint32] | None = None
-        self._loading: NDArray[np.uint32] = np.empty(0, np.uint32)
+        self._seen: Sighting | None = None
         self._ask()
 
     def early(self) -> Early:
-        """As `Fetch.early`; waits for the server's answer, not for its disk."""
-        slots = self._granted(time.monotonic() + FETCH_TIMEOUT_S)
-        positions = np.delete(np.arange(len(slots)), self._loading) if len(self._loading) else np.arange(len(slots))
-        return Early(HostBundles(self._base, slots[positions]), positions)
+        """As `Fetch.early`: what the arena shows now, without a lease. `wait` says whether it held."""
+        arena = self._line.attachment.arena
+        self._seen = arena.look_up(self._layer, self._ids)
+        return Early(HostBundles(arena.base, self._seen.slots), self._seen.positions, is_certain=False)
 
     def wait(self, timeout_s: float) -> HostBundles:
         """As `Fetch.wait`."""
         begin_s = time.monotonic()
-        deadline_s = begin_s + timeout_s
-        while True:
-            slots = self._granted(deadline_s)
-            if len(self._loading) and not self._has_arrived(deadline_s):
-                continue  # another server has to be asked
-            self._client.note_wait(time.monotonic() - begin_s)
-            return HostBundles(self._base, slots)
+        slots = self._leased(begin_s + timeout_s)
+        arena = self._line.attachment.arena
+        if len(slots) != len(self._ids) or (len(slots) and int(slots.max()) >= len(arena.base)):
+            raise ServerError(f"the server leased {len(slots)} slots for {len(self._ids)} neurons, or none of its own")
+        self._client.note_wait(time.monotonic() - begin_s)
+        return HostBundles(arena.base, slots, self._seen is None or self._seen.held(arena, slots))
 
     def release(self) -> None:
         """As `Fetch.release`; told with the next request, after the last layer at once."""
@@ -372,61 +337,42 @@ class ServedFetch:
         else:
             self._release(at_once=True)
 
-    def _ask(self, *, whole: bool = False) -> None:
+    def _ask(self) -> None:
         while True:
-            line = self._client._line()
+            attachment = self._client.attachment
             try:
-                self._line, self._base = line, self._client.base
-                self._request_id = line.acquire(self._layer, self._ids, FETCH_TIMEOUT_S, whole=whole)
+                self._line = self._client.line()
+                self._request_id = self._line.acquire(self._layer, self._ids, FETCH_TIMEOUT_S)
                 return
             except ServerNotRunning:
-                self._client.recover(line.attachment)
+                self._client.recover(attachment)
 
-    def _granted(self, deadline_s: float) -> NDArray[np.uint32]:
-        """Slots of all ids, leased."""
-        while self._slots is None:
+    def _leased(self, deadline_s: float) -> NDArray[np.uint32]:
+        """Slots of all ids, from this server or from the one that takes its place."""
+        while True:
             try:
-                answer = self._line.granted(self._request_id, deadline_s)
+                reply = self._line.reply(self._request_id, deadline_s)
             except ServerNotRunning:
-                self._start_afresh()
+                self._ask_successor()
                 continue
-            if not isinstance(answer, ErrorReply):
-                self._slots, self._loading = answer.slots, answer.loading
-                break
-            error = of_wire_code(answer.code, answer.text)
-            if isinstance(error, Resync) and not self._line.attachment.has_ended():
-                self._ask(whole=True)
-            elif isinstance(error, Resync | Draining):
-                self._start_afresh()
-            else:
+            if not isinstance(reply, ErrorReply):
+                return np.frombuffer(reply.slots, "<u4")
+            error = of_wire_code(reply.code, reply.text)
+            if not isinstance(error, Resync | Draining):
                 raise error
-        return self._slots
+            self._ask_successor()
 
-    def _has_arrived(self, deadline_s: float) -> bool:
-        """Wait for bundles that were on their way. False: the server is another one now."""
-        try:
-            arrival = self._line.arrived(self._request_id, deadline_s)
-        except ServerNotRunning:
-            self._start_afresh()
-            return False
-        if isinstance(arrival, BundlesFailed):
-            raise of_wire_code(arrival.code, arrival.text)
-        self._loading = np.empty(0, np.uint32)
-        return True
-
-    def _start_afresh(self) -> None:
+    def _ask_successor(self) -> None:
         self._client.recover(self._line.attachment)
-        self._slots = None
-        self._loading = np.empty(0, np.uint32)
-        self._ask(whole=True)
+        self._ask()
 
     def _release(self, *, at_once: bool) -> None:
-        if self._line.attachment is self._client._attachment and self._request_id:
-            request_id, self._request_id = self._request_id, 0
+        request_id, self._request_id = self._request_id, 0
+        if request_id and not self._line.attachment.is_over:
             try:
                 self._line.release(request_id, at_once=at_once)
             except ServerError:  # it has ended, and its leases with it
-                self._line.attachment.has_ended()
+                self._line.attachment.is_over = True
 
 
 def _after_fork() -> None:

@@ -24,6 +24,7 @@ from sparseflow.engine.read_plan import LONGEST_READ_NBYTES
 from sparseflow.engine.reading import Reading, open_reading
 from sparseflow.engine.residency import Acquire, Event, Hint, Instruction, Load, Ready, Refuse, Release, Residency
 from sparseflow.engine.shard_files import ShardFiles
+from sparseflow.engine.slot_table import SlotTable
 from sparseflow.errors import ArenaBusy, BadRequest, DiskError
 from sparseflow.store.manifest import Manifest
 
@@ -73,9 +74,10 @@ class Engine:
         profile = manifest.profile
         self.profile = profile
         self._arena = Arena(n_slots, profile.bundle_nbytes, shared=shared)
-        self._residency = Residency(
-            profile.num_layers, profile.ffn_dimension, n_slots, EVICTIONS[eviction](profile.num_layers, n_slots)
-        )
+        self.table = SlotTable(profile.num_layers, profile.ffn_dimension, n_slots, shared=shared)
+        """Where bundles lie."""
+        sizes = profile.num_layers, profile.ffn_dimension, n_slots
+        self._residency = Residency(*sizes, EVICTIONS[eviction](profile.num_layers, n_slots), self.table)
         shards = ShardFiles(store, manifest)
         reading = self._reading = open_reading(shards, io, event_fd)
         try:
@@ -84,7 +86,7 @@ class Engine:
             reading.close()
             raise
         # Holds all memory that reads may still write to, whoever forgets to close.
-        self._shut = weakref.finalize(self, _shut, self._loader, reading, self._arena)
+        self._shut = weakref.finalize(self, _shut, self._loader, reading, self._arena, self.table)
         self._changed = threading.Condition()
         self._is_collecting = False
         self._is_closed = False
@@ -199,11 +201,6 @@ class Engine:
         with self._changed:
             self._require_open()
             self._collect_now()
-
-    def leased(self, fetch: int) -> NDArray[np.int64] | None:
-        """The arena slots of a fetch, in the order of its ids, filled or not; None while it waits for them."""
-        with self._changed:
-            return self._residency.leased(fetch)
 
     def outcome(self, fetch: int) -> NDArray[np.int64] | Exception | None:
         """As `wait`, at once: slots, the error that the fetch ended with, or None while bundles are missing."""
@@ -348,7 +345,8 @@ class Engine:
         )
 
 
-def _shut(loader: Loader, reading: Reading, arena: Arena) -> None:
+def _shut(loader: Loader, reading: Reading, arena: Arena, table: SlotTable) -> None:
     loader.close()
     reading.close()
     arena.close()
+    table.close()

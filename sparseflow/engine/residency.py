@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparseflow.engine.eviction import Eviction
+from sparseflow.engine.slot_table import ABSENT, SlotTable
 
-ABSENT = -1
 _NONE = np.empty(0, np.int64)
 
 
@@ -119,11 +119,18 @@ class _Lease:
 class Residency:
     """The state of one arena."""
 
-    def __init__(self, n_layers: int, ffn_dim: int, n_slots: int, eviction: Eviction) -> None:
+    def __init__(
+        self, n_layers: int, ffn_dim: int, n_slots: int, eviction: Eviction, table: SlotTable | None = None
+    ) -> None:
+        """
+        Args:
+            table: empty, where others may look; None: nobody does.
+        """
+        table = table or SlotTable(n_layers, ffn_dim, n_slots)
         self.n_slots = n_slots
         self.counts = Counts()
         self._eviction = eviction
-        self._slot_of = np.full((n_layers, ffn_dim), ABSENT, np.int32)
+        self._slot_of, self._turn_of = table.slot_of, table.turn_of
         self._layer_in = np.full(n_slots, ABSENT, np.int32)
         self._id_in = np.zeros(n_slots, np.int32)
         self._is_loading = np.zeros(n_slots, bool)
@@ -159,11 +166,6 @@ class Residency:
     def is_known(self, fetch: int) -> bool:
         """Whether a fetch was acquired and is not over."""
         return fetch in self._leases or any(fetch == waiting.fetch for waiting in self._waiting)
-
-    def leased(self, fetch: int) -> NDArray[np.int64] | None:
-        """The slots that a fetch leases, in the order of its ids; None while it waits for them, and once it is over."""
-        lease = self._leases.get(fetch)
-        return None if lease is None else lease.slots
 
     def arrived(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of the slots that a fetch leases, those that are filled: positions among its ids, and slots."""
@@ -242,6 +244,7 @@ class Residency:
 
     def _on_loaded(self, event: Loaded) -> list[Instruction]:
         self._is_loading[event.slots] = False
+        self._turn_of[event.slots] += 1
         ready: list[Instruction] = []
         for fetch, lease in self._leases.items():
             if not lease.is_ready and not self._is_loading[lease.slots].any():
@@ -257,6 +260,7 @@ class Residency:
             self._n_leases[self._leases.pop(fetch).slots] -= 1
         self._is_loading[event.slots] = False
         self._slot_of[self._layer_in[event.slots], self._id_in[event.slots]] = ABSENT
+        self._turn_of[event.slots] += 1
         self._layer_in[event.slots] = ABSENT
         self._eviction.freed(event.slots)
         self._forget_hints(event.slots)
@@ -270,6 +274,7 @@ class Residency:
             self._evict(n_short)
         self._n_free -= len(ids)
         slots = self._free[self._n_free : self._n_free + len(ids)][::-1].copy()
+        self._turn_of[slots] += 1
         self._slot_of[layer, ids] = slots
         self._layer_in[slots] = layer
         self._id_in[slots] = ids

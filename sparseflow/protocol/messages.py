@@ -1,16 +1,20 @@
 """Every message, grouped by who receives it and on which socket.
 
-Two sockets. `attach.sock` (SEQPACKET) carries the handshake, file descriptors, and by staying open the session.
-`ctl.sock` (ZeroMQ, ROUTER and DEALER) carries who wants which neurons. A *request* gets exactly one reply, which has
-its `request_id`; a *notice* gets none. Everything from the server names its epoch, a random number of this run of it.
+Two sockets. `ctl.sock` (ZeroMQ) is for whoever asks how the server is. Connections to `attach.sock` (SEQPACKET) are of
+two kinds: a *session*, which carries descriptors once and lives as long as it is open, and *lines*, one for each thread
+of a session that fetches, which carry who wants which neurons. (ZeroMQ would add a thread on either side to every
+message; where all cores compute, each costs a wait for a core.)
 
-    inference process                     weight server
-    Attach                    ->          Welcome (with descriptors) or ErrorReply
-    AcquireNeurons            ->          NeuronsGranted, as soon as slots are leased; or ErrorReply
-                              <-          BundlesArrived or BundlesFailed (notices), if some were still on their way
-    HintNeurons, ReleaseLeases ->         nothing
-    StatusRequest             ->          StatusReply
-    Detach                    ->          Detached
+A *request* gets exactly one reply, which has its `request_id`; a *notice* gets none. Everything from the server names
+its epoch, a random number of this run of it.
+
+    inference process                           weight server
+    session   Attach                      ->    Welcome (with descriptors) or ErrorReply
+              Detach                      ->    Detached
+    line      Join                        ->    nothing; ErrorReply if there is no such session
+              AcquireNeurons              ->    NeuronsReady, once all are in the arena; or ErrorReply
+              HintNeurons, ReleaseLeases  ->    nothing
+    ctl       StatusRequest               ->    StatusReply
 
 Neuron ids and slots travel as little-endian uint32, ids ascending without repeats.
 """
@@ -23,14 +27,11 @@ PROTOCOL_VERSION = 1
 # How memory that is handed over is laid out: bundles of (2, hidden), one a slot; whole safetensors files otherwise.
 LAYOUT_VERSION = 1
 
-# Fields of `FetchCounts` in the order in which NeuronsGranted tells them.
+# Fields of `FetchCounts` in the order in which NeuronsReady tells them.
 TOLD_COUNTS = (
     *("hits", "misses", "evictions", "hinted", "hints_useful", "hints_late", "hints_wasted"),
     *("reads", "bytes_from_disk"),
 )
-
-FULL_SET = 0
-"""The base version of a request that names all its neurons."""
 
 
 # --- to the weight server, on attach.sock
@@ -64,7 +65,7 @@ class Detach:
 class Welcome:
     """A session is open. Comes with one descriptor of shared memory for each of `regions`, in their order.
 
-    session: 16 random bytes; the routing ids of the client's ctl sockets begin with them. profile: fields of the
+    session: 16 random bytes, for Join. profile: fields of the
     model's `ModelProfile`. identity: what `Attach.expected` is compared with. regions: each `name`, `nbytes` and, where
     the memory holds files, `parts`: name -> [offset, nbytes]. is_resident: every bundle is in the arena for good, in
     slot `layer * ffn_dim + id`. fetch_limit: neurons that the leases of this session may cover together. layer_s,
@@ -97,25 +98,30 @@ class Detached:
     epoch: int
 
 
-# --- to the weight server, on ctl.sock
+# --- to the weight server, on a line
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """The first packet of a connection that is a line. A notice."""
+
+    KIND: ClassVar[int] = 7
+    epoch: int
+    session: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class AcquireNeurons:
-    """Lease the bundles of one layer for one step. Answered by NeuronsGranted or ErrorReply.
+    """Lease the bundles of one layer for one step. Answered by NeuronsReady or ErrorReply.
 
-    The set asked for is that of the last request for this layer on this socket, without `dropped`, with `added`; with
-    base version FULL_SET it is `added`. released: requests whose leases are over. timeout_s: how long to wait for
-    slots.
+    released: requests whose leases are over. timeout_s: how long to wait for slots.
     """
 
     KIND: ClassVar[int] = 3
     request_id: int
     epoch: int
     layer: int
-    base_version: int
-    added: bytes
-    dropped: bytes
+    ids: bytes
     released: list[int]
     timeout_s: float
 
@@ -139,6 +145,12 @@ class ReleaseLeases:
     released: list[int]
 
 
+# --- to the weight server, on ctl.sock
+
+
+# --- to the weight server, on ctl.sock
+
+
 @dataclass(frozen=True, slots=True)
 class StatusRequest:
     """Answered by StatusReply. Needs no session."""
@@ -147,68 +159,47 @@ class StatusRequest:
     request_id: int
 
 
-# --- to the inference process, on ctl.sock
+# --- to the inference process, on a line
 
 
 @dataclass(frozen=True, slots=True)
-class NeuronsGranted:
-    """Slots are leased until the request is released. Those not in `loading` can be read now.
+class NeuronsReady:
+    """Bundles lie in the arena, and stay until the request is released.
 
-    version: of the set, base of the next difference. slots: of `added`, in its order. moved, moved_slots: positions in
-    the whole set of neurons that were kept and lie elsewhere now, and where. loading: positions in the whole set of
-    bundles that are on their way; if there are any, BundlesArrived or BundlesFailed follows. counts: fields of
-    `FetchCounts` of this session.
+    slots: in the order of the ids. counts: of this session, TOLD_COUNTS.
     """
 
     KIND: ClassVar[int] = 19
     request_id: int
     epoch: int
-    version: int
     slots: bytes
-    moved: bytes
-    moved_slots: bytes
-    loading: bytes
     counts: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class BundlesArrived:
-    """All bundles of a granted request can be read. A notice."""
-
-    KIND: ClassVar[int] = 20
-    request_id: int
-    epoch: int
+# --- to whoever asks, on ctl.sock
 
 
-@dataclass(frozen=True, slots=True)
-class BundlesFailed:
-    """Bundles of a granted request cannot be had; its lease is over. A notice. code, text: as ErrorReply's."""
-
-    KIND: ClassVar[int] = 21
-    request_id: int
-    epoch: int
-    code: str
-    text: str
+# --- to whoever asks, on ctl.sock
 
 
 @dataclass(frozen=True, slots=True)
 class StatusReply:
     """content: the fields that `sparseflow status --json` prints."""
 
-    KIND: ClassVar[int] = 22
+    KIND: ClassVar[int] = 20
     request_id: int
     epoch: int
     content: dict[str, Any]
 
 
-# --- to the inference process, on both
+# --- to anybody
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
     """A request cannot be served. request_id: 0 where it could not be read. code: the wire code of an error's class."""
 
-    KIND: ClassVar[int] = 23
+    KIND: ClassVar[int] = 21
     request_id: int
     epoch: int
     code: str
@@ -220,13 +211,13 @@ Message = (
     | Detach
     | Welcome
     | Detached
+    | Join
+    | Join
     | AcquireNeurons
     | HintNeurons
     | ReleaseLeases
     | StatusRequest
-    | NeuronsGranted
-    | BundlesArrived
-    | BundlesFailed
+    | NeuronsReady
     | StatusReply
     | ErrorReply
 )

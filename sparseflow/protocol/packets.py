@@ -8,7 +8,7 @@ from sparseflow.errors import BadRequest, NoAnswer, ServerNotRunning
 from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.messages import Message
 
-_PACKET_NBYTES = 128 << 10
+PACKET_NBYTES = 160 << 10  # what the kernel takes at once, as it is set up everywhere; 40,000 neuron ids
 _MOST_DESCRIPTORS = 16
 
 
@@ -20,8 +20,8 @@ def send_packet(sock: socket.socket, message: Message, descriptors: Sequence[int
         OSError: the peer is gone, or takes nothing.
     """
     content = encode(message)
-    if len(content) > _PACKET_NBYTES:
-        raise BadRequest(f"{type(message).__name__} of {len(content)} bytes: a packet holds {_PACKET_NBYTES}")
+    if len(content) > PACKET_NBYTES:
+        raise BadRequest(f"{type(message).__name__} of {len(content)} bytes: a packet holds {PACKET_NBYTES}")
     socket.send_fds(sock, [content], list(descriptors))
 
 
@@ -33,7 +33,7 @@ def receive_packet(sock: socket.socket) -> tuple[Message, list[int]]:
         BadRequest, ProtocolMismatch: not a message.
     """
     try:
-        content, descriptors, flags, _ = socket.recv_fds(sock, _PACKET_NBYTES, _MOST_DESCRIPTORS)
+        content, descriptors, flags, _ = socket.recv_fds(sock, PACKET_NBYTES, _MOST_DESCRIPTORS)
     except TimeoutError as error:
         raise NoAnswer(f"no answer within {sock.gettimeout():g} s; is the other side stopped?") from error
     except ConnectionError as error:
@@ -42,7 +42,7 @@ def receive_packet(sock: socket.socket) -> tuple[Message, list[int]]:
         if not content:
             raise ServerNotRunning("the connection was closed by the other side")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise BadRequest(f"packet of more than {_PACKET_NBYTES} bytes or {_MOST_DESCRIPTORS} descriptors")
+            raise BadRequest(f"packet of more than {PACKET_NBYTES} bytes or {_MOST_DESCRIPTORS} descriptors")
         return decode(content), descriptors
     except BaseException:
         for fd in descriptors:
