@@ -38,10 +38,10 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.converter import convert
-from sparseflow.utils.sizes import format_size
 from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, SparseFlowError
 from sparseflow.store.profile import DTYPE_NBYTES
 from sparseflow.store.shard_format import DTYPE_CODES, TensorFileWriter, TensorSpec, file_nbytes
+from sparseflow.utils.sizes import format_size
 
 RECIPE_VERSION = 1  # a store half made by another version starts again
 FIRST_LAYER_SHARE, LAST_LAYER_SHARE = 0.01, 0.1

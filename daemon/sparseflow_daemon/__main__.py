@@ -15,7 +15,7 @@ from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow.store.manifest import MANIFEST_NAME
 from sparseflow_daemon.claim import Claim
 from sparseflow_daemon.config import ServerConfig
-from sparseflow_daemon.launch import launch
+from sparseflow_daemon.launch import launch, log_path
 from sparseflow_daemon.lifecycle import Lifecycle
 from sparseflow_daemon.served_model import open_models
 from sparseflow_daemon.server import Server
@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _start_logging()
         if arguments.detach:
             own = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--detach"]
-            print(json.dumps(launch(own, arguments.name)))
+            status = launch(own, arguments.name)
+            models = ", ".join(model["name"] for model in status["models"])
+            print(f"server {arguments.name} is ready: pid {status['pid']}, {models}; log {log_path(arguments.name)}")
             return EXIT_OK
         return _serve(arguments)
     except SparseFlowError as error:

@@ -25,7 +25,7 @@ class ServerConfig:
     """How bundles are read: `direct`, `buffered`, `map` or `auto`."""
     eviction: str = "lru"
     """Which bundle goes first: `lru` or `fifo`."""
-    max_sessions: int = 16
+    max_sessions: int = 8
     """Inference processes at once, for each model. Each can always lease its share of the arena."""
     drain_timeout_s: float = 5.0
     """How long ending waits for leases to come back."""

@@ -94,9 +94,9 @@ class ServedModel:
                 shared=True,
                 event_fd=self.event_fd,
             )
-            assert self.engine.arena.memory is not None and self.engine.table.memory is not None  # they are shared
-            self.regions["arena"] = self.engine.arena.memory
-            self.regions["table"] = self.engine.table.memory
+            for region, shared in (("arena", self.engine.arena.memory), ("table", self.engine.table.memory)):
+                assert shared is not None
+                self.regions[region] = shared
             self.parts["arena"] = self.parts["table"] = {}
             if self.is_resident:
                 self._fill()

@@ -46,8 +46,8 @@ from memory_cgroup import (
     swap_nbytes,
 )
 
-from sparseflow.utils.sizes import format_size, parse_size
 from sparseflow.errors import SparseFlowError
+from sparseflow.utils.sizes import format_size, parse_size
 
 RIVALS = ("sparseflow", "disk_offload", "partial_offload")
 DEMO_MODEL = Path(__file__).parents[2] / "sparseflow" / "assets" / "demo_model"

@@ -50,6 +50,7 @@ SCRIPTS = Path(__file__).parents[1]
 DEMO_MODEL = SCRIPTS.parent / "sparseflow" / "assets" / "demo_model"
 RUNTIME_DIR_VARIABLE = "SPARSEFLOW_RUNTIME_DIR"
 LARGE_FILE_NBYTES = 8 << 20
+ROUNDING_NBYTES = 1 << 20  # Pss is given in KiB a process, rounded down
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +305,7 @@ def remarks(results: Iterable[dict[str, Any]]) -> Iterator[str]:
     for result in results:
         if result["n_outsiders"]:
             yield f"{result['rival']}: processes outside map the same files ({result['n_outsiders']}), so Pss is lower"
-        if (unmapped := result["shared_memory_held"] - result["pss"]["shmem"]) > 0:
+        if (unmapped := result["shared_memory_held"] - result["pss"]["shmem"]) > ROUNDING_NBYTES:
             yield f"{result['rival']}: {format_size(unmapped)} of shared memory is mapped by nobody, so not in the Pss"
         if not result["same_ids"]:
             yield f"{result['rival']}: its processes decoded different tokens"

@@ -12,7 +12,12 @@ from sparseflow.cli.arguments import add_dtype
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL STORE --dtype --quiet"""
     parser.add_argument("model", help="a transformers checkpoint folder, or a hub id")
-    parser.add_argument("store", type=Path, help="the store to make; must not exist")
+    parser.add_argument(
+        "store",
+        type=Path,
+        nargs="?",
+        help="the store to make; must not exist. Without it: found or made at home",
+    )
     add_dtype(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -21,15 +26,15 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Convert, and say what was made."""
     from sparseflow.core.checkpoint import Checkpoint, locate, model_name
     from sparseflow.core.converter import convert
+    from sparseflow.core.store_home import find_or_convert
     from sparseflow.store.manifest import Manifest
     from sparseflow.utils.sizes import format_size
 
-    store = convert(
-        Checkpoint(locate(arguments.model), model_name(arguments.model)),
-        arguments.store,
-        dtype=arguments.dtype,
-        quiet=arguments.quiet,
-    )
+    how = {"dtype": arguments.dtype, "quiet": arguments.quiet}
+    if arguments.store is None:
+        store = find_or_convert(arguments.model, **how)
+    else:
+        store = convert(Checkpoint(locate(arguments.model), model_name(arguments.model)), arguments.store, **how)
     manifest = Manifest.load(store)
     result = {
         "store": str(store),

@@ -5,11 +5,14 @@ import sys
 import time
 
 from sparseflow.cli.arguments import add_model, number, strategy_of
+from sparseflow.errors import BadRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """STORE --prompt and how to sample."""
-    parser.add_argument("store", help="a store, a transformers checkpoint folder, or a hub id")
+    """STORE or --server, --prompt and how to sample."""
+    parser.add_argument("store", nargs="?", help="a store, a transformers checkpoint folder, or a hub id")
+    parser.add_argument("--server", metavar="NAME", help="use the weights of this server instead of a store")
+    parser.add_argument("--model", help="with --server: which of its models; else its only one")
     parser.add_argument("--prompt", help="the text to continue; - or nothing: standard input")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=100, help="tokens")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest token")
@@ -26,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Stream the text to stdout, or collect it for --json."""
     strategy = strategy_of(arguments)  # a bad value is told before the imports take their seconds
+    if (arguments.store is None) == (arguments.server is None):
+        raise BadRequest("generate: name either a STORE or a --server")
+    if arguments.server is not None:
+        _refuse_options_of_stores(arguments)
     import torch
 
     from sparseflow.cli import running
@@ -35,15 +42,23 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
-    model = SparseOPTForCausalLM.from_pretrained(
-        arguments.store,
-        strategy=strategy,
-        memory=arguments.memory,
-        io=arguments.io,
-        fidelity=arguments.fidelity,
-        dtype=arguments.dtype,
-        quiet=False,
-    )
+    if arguments.server is not None:
+        model = SparseOPTForCausalLM.from_server(
+            arguments.server,
+            arguments.model,
+            fidelity=arguments.fidelity,
+            activation_threshold=arguments.activation_threshold,
+        )
+    else:
+        model = SparseOPTForCausalLM.from_pretrained(
+            arguments.store,
+            strategy=strategy,
+            memory=arguments.memory,
+            io=arguments.io,
+            fidelity=arguments.fidelity,
+            dtype=arguments.dtype,
+            quiet=False,
+        )
     load_s = time.perf_counter() - start
     model.coordinator.audit_every = arguments.audit
     prompt = sys.stdin.read() if arguments.prompt in (None, "-") else arguments.prompt
@@ -60,4 +75,22 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         stream=not arguments.json,
         **sampling,
     )
-    return running.result_fields(model, finished, load_s) if arguments.json else {}
+    result = running.result_fields(model, finished, load_s) if arguments.json else {}
+    model.close()
+    return result
+
+
+def _refuse_options_of_stores(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        BadRequest: something is given that the server was started with.
+    """
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    default = vars(parser.parse_args([]))
+    for name in ("dtype", "memory", "io", "cpu_cache_ratio", "aggressive_offload", "eviction"):
+        if getattr(arguments, name) != default[name]:
+            option = "--" + name.replace("_", "-")
+            raise BadRequest(
+                f"{option} {getattr(arguments, name)}: the server decides that; leave it out with --server"
+            )

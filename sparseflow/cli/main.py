@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import sparseflow
-from sparseflow.cli import convert, demo, generate, info, verify, version
-from sparseflow.errors import BadRequest, SparseFlowError, UnsupportedModel
+from sparseflow.cli import convert, demo, generate, info, status, verify, version
+from sparseflow.errors import BadRequest, NoAnswer, ServerNotRunning, SparseFlowError, UnsupportedModel
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_NO_ANSWER, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _COMMANDS = {
     "convert": convert,
@@ -19,6 +19,7 @@ _COMMANDS = {
     "demo": demo,
     "verify": verify,
     "info": info,
+    "status": status,
     "version": version,
 }
 
@@ -42,15 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; results on stdout, all else on stderr. Returns 0 ok, 1 failed, 2 wrong usage, 130 stopped."""
+    """Run one command; results on stdout, all else on stderr.
+
+    Returns 0 ok, 1 failed or degraded, 2 wrong usage, 3 server not running, 4 no answer from it, 130 stopped.
+    """
     arguments = build_parser().parse_args(argv)
     try:
         _start_logging()
         result: dict[str, object] = arguments.run(arguments)
     except SparseFlowError as error:
         print(f"sparseflow: error: {error}", file=sys.stderr)
-        wrong_usage = isinstance(error, BadRequest) and not isinstance(error, UnsupportedModel)
-        return EXIT_USAGE if wrong_usage else EXIT_FAILED
+        return _exit_code(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -59,6 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(result))
     return EXIT_OK if result.get("ok", True) else EXIT_FAILED
+
+
+def _exit_code(error: SparseFlowError) -> int:
+    match error:
+        case UnsupportedModel():
+            return EXIT_FAILED
+        case BadRequest():
+            return EXIT_USAGE
+        case ServerNotRunning():
+            return EXIT_NOT_RUNNING
+        case NoAnswer():
+            return EXIT_NO_ANSWER
+    return EXIT_FAILED
 
 
 def _start_logging() -> None:

@@ -103,7 +103,7 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
         "bytes_to_device": None,
         "bytes_touched_per_token": touched,
         "limit_tokens_per_s": _limit_tokens_per_s(model, touched),
-        "messages_per_token": None,
+        "messages_per_token": _per_token(model, counts.fetches.messages) if counts.fetches else None,
         "recall": model.stats.recall,
         "recall_samples": model.stats.recall_samples or None,
         "memory": {
@@ -120,7 +120,11 @@ def _limit_tokens_per_s(model: SparseOPTForCausalLM, bytes_touched: int) -> floa
     """What memory, or the disk if that is slower, would allow at full speed."""
     limits = [read_bandwidth() / bytes_touched] if bytes_touched else []
     disk_bytes_per_s, fetches = model.source.status().disk_bytes_per_s, model.stats.decode.fetches
-    n_tokens = model.stats.decode.layer_steps / model.source.profile.num_layers
     if disk_bytes_per_s and fetches and fetches.bytes_from_disk:
-        limits.append(disk_bytes_per_s / (fetches.bytes_from_disk / n_tokens))
+        limits.append(disk_bytes_per_s / (_per_token(model, fetches.bytes_from_disk) or 1))
     return min(limits, default=None)
+
+
+def _per_token(model: SparseOPTForCausalLM, n: int) -> float | None:
+    n_steps = model.stats.decode.layer_steps
+    return n * model.source.profile.num_layers / n_steps if n_steps else None

@@ -205,7 +205,7 @@ class TransferCoordinator:
                 if is_certain and len(positions) == len(part):
                     continue
                 bundles = fetch.wait(FETCH_TIMEOUT_S)
-                if not is_last:
+                if not is_last and len(positions) < len(part):
                     self.source.hint(layer, parts[n + 1])
                 if not bundles.early_held:
                     total, n_active = before
