@@ -1,15 +1,18 @@
 """Imports run downward only, and what the torch-free server needs loads without torch."""
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sparseflow_daemon
 from child_process import run_python
 
 import sparseflow
 
 PACKAGE = Path(sparseflow.__file__).parent
+DAEMON = Path(sparseflow_daemon.__file__).parent
 
 # A part may import itself, its own row and the rows above it. A new part needs a place here.
 LAW = [
@@ -31,6 +34,11 @@ FACE = "__init__"
 TORCH_FREE = ("errors", "protocol", "store", "engine")
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+DAEMON_MODULES = sorted(path.relative_to(DAEMON).as_posix() for path in DAEMON.rglob("*.py"))
+
+# What the server may import of the package, and those parts that know it is one process of several.
+OF_THE_DAEMON = {"errors", "protocol", "store", "utils", "engine"}
+WITH_THE_CLIENT = {"client", "models", "cli", "examples", "__main__", FACE}
 
 
 def part_of(module: str) -> str:
@@ -111,6 +119,24 @@ def test_the_law_sees_each_way_to_import(source: str, module: str, expected: set
     assert violations(source, module) == expected
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_only_entry_points_and_models_know_the_client(module: str) -> None:
+    """What computes sees a weight source, whoever it is."""
+    if part_of(module) not in WITH_THE_CLIENT:
+        assert "client" not in imported_parts((PACKAGE / module).read_text(encoding="utf-8"), module)
+
+
+@pytest.mark.parametrize("module", DAEMON_MODULES)
+def test_daemon_imports_only_what_needs_no_torch(module: str) -> None:
+    """`import sparseflow`, for its version, is no import of its names."""
+    names = {
+        name for name in imported_names((DAEMON / module).read_text(encoding="utf-8"), module) if name != "sparseflow"
+    }
+    parts = {name.split(".")[1] for name in names if name.split(".")[0] == "sparseflow"}
+    assert parts <= OF_THE_DAEMON
+    assert not {"torch", "transformers", "safetensors"} & {name.split(".")[0] for name in names}
+
+
 def test_torch_free_parts_load_without_torch() -> None:
     names = ["sparseflow"]
     for module in MODULES:
@@ -119,3 +145,11 @@ def test_torch_free_parts_load_without_torch() -> None:
     assert {"sparseflow.errors", "sparseflow.store.manifest", "sparseflow.engine.resident"} <= set(names)
     code = "\n".join([*(f"import {name}" for name in names), "import sys", "assert 'torch' not in sys.modules"])
     run_python(code)
+
+
+def test_daemon_loads_without_torch_numba_and_transformers() -> None:
+    names = ["sparseflow_daemon." + module.removesuffix(".py") for module in DAEMON_MODULES]
+    assert {"sparseflow_daemon.leasing", "sparseflow_daemon.server", "sparseflow_daemon.__main__"} <= set(names)
+    heavy = "{'torch', 'numba', 'transformers'}"
+    code = "\n".join([*(f"import {name}" for name in names), "import sys", f"assert not {heavy} & set(sys.modules)"])
+    run_python(code, PYTHONPATH=os.pathsep.join([str(PACKAGE.parent), str(DAEMON.parent)]))

@@ -15,6 +15,7 @@ from sparseflow.errors import (
     NotPermitted,
     ProtocolMismatch,
 )
+from sparseflow.protocol.codec import brief
 from sparseflow.protocol.messages import Attach, Welcome
 from sparseflow.protocol.packets import send_packet
 from sparseflow_daemon.served_model import ServedModel
@@ -22,6 +23,8 @@ from sparseflow_daemon.sessions import Session
 
 _SO_PEERPIDFD = 77  # Linux 6.5 and later: without it the pid may have been given to another process meanwhile
 _GREETING_TIMEOUT_S = 5.0
+_MOST_NAMED = 20
+_PROTOCOL_FIELDS = ("protocol", "layout")
 _REGIONS = ("arena", "table", "dense", "predictors", "files")
 
 
@@ -62,23 +65,19 @@ def model_for(attach: Attach, models: dict[str, ServedModel]) -> ServedModel:
     """
     model = next(iter(models.values())) if not attach.model and len(models) == 1 else models.get(attach.model)
     if model is None:
-        what = f"model {attach.model!r} is not served here" if attach.model else "several models are served here"
+        what = f"model {brief(attach.model)} is not served here" if attach.model else "several models are served here"
         raise NoSuchModel(f"{what}; name one of: {', '.join(sorted(models))}")
     differing = [
-        f"{name}: {found!r} there, {model.identity.get(name)!r} here"
+        f"{brief(name)[1:-1]}: {brief(found)} there, {model.identity.get(name)!r} here"
         for name, found in sorted(attach.expected.items())
         if found != model.identity.get(name)
     ]
-    if differing:
-        is_protocol = any(name in attach.expected and attach.expected[name] != model.identity[name]
-                          for name in ("protocol", "layout"))  # fmt: skip
-        error, remedy = (
-            (ProtocolMismatch, "install the same SparseFlow on both sides")
-            if is_protocol
-            else (FingerprintMismatch, "attach to a server of the same store, or do not ask for another's fields")
-        )
-        raise error(f"{model.name}: client and server differ in {'; '.join(differing)}; {remedy}")
-    return model
+    if not differing:
+        return model
+    what = f"{model.name}: client and server differ in {'; '.join(differing[:_MOST_NAMED])}"
+    if any(name in attach.expected and attach.expected[name] != model.identity[name] for name in _PROTOCOL_FIELDS):
+        raise ProtocolMismatch(f"{what}; install the same SparseFlow on both sides")
+    raise FingerprintMismatch(f"{what}; attach to a server of the same store, or do not ask for another's fields")
 
 
 def open_session(greeting: Greeting, model: ServedModel, n_open: int, limit: int, epoch: int) -> Session:

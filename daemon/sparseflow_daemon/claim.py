@@ -42,8 +42,9 @@ class Claim:
         runtime_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
         require_private(runtime_dir())
         path = self.directory.path
-        path.mkdir(mode=0o700, exist_ok=True)
         try:
+            with suppress(FileExistsError):  # not Path.mkdir's exist_ok: it fails if the folder vanishes meanwhile
+                os.mkdir(path, 0o700)
             require_private(path)
             fd = os.open(self.directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:

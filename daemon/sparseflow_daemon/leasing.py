@@ -8,10 +8,12 @@ for the session's own leases to come back.
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparseflow.engine.counts import FetchCounts
 from sparseflow.errors import ArenaBusy, BadRequest, ServerError, SparseFlowError
 from sparseflow.protocol.messages import TOLD_COUNTS, AcquireNeurons, ErrorReply, HintNeurons, Message, NeuronsReady
 from sparseflow_daemon.served_model import ServedModel
@@ -34,13 +36,20 @@ class Leasing:
         self.last_error: str | None = None
 
     def acquire(self, session: Session, line: bytes, request: AcquireNeurons) -> list[Outgoing]:
+        """Replies to this request, and to those that wait for what it releases."""
+        out = self.release(session, request.released)
+        try:
+            self._line_up(session, line, request)
+        except SparseFlowError as error:
+            return [*out, (line, self._refusal(session, request, error))]
+        return out + self._begin_waiting(session)
+
+    def _line_up(self, session: Session, line: bytes, request: AcquireNeurons) -> None:
         """
         Raises:
-            ArenaBusy: it asks for more than the session may lease. BadRequest: not neurons of this model.
+            ArenaBusy: it asks for more than the session may lease. BadRequest: its id is taken.
         """
-        for request_id in request.released:
-            self._end(session, request_id)
-        if request.request_id in session.leases:
+        if request.request_id in session.leases or self._waiting(session, request.request_id):
             raise BadRequest(f"request {request.request_id} has a lease already; number requests without repeats")
         ids = _ids(request.ids)
         if len(ids) > self._model.fetch_limit:
@@ -52,7 +61,6 @@ class Leasing:
         if len(session.waiting) >= _MOST_WAITING:
             raise ArenaBusy(f"{_MOST_WAITING} requests of this session wait for slots already; release leases first")
         session.waiting.append(Lease(line, request, ids, time.monotonic() + request.timeout_s))
-        return self._begin_waiting(session)
 
     def hint(self, session: Session, request: HintNeurons) -> None:
         """Start to read what may be asked for.
@@ -66,9 +74,24 @@ class Leasing:
 
     def release(self, session: Session, request_ids: list[int]) -> list[Outgoing]:
         """Leases are over; what waited for them begins."""
+        out: list[Outgoing] = []
         for request_id in request_ids:
+            out += self._unanswered_replies(session, request_id)
             self._end(session, request_id)
-        return self._begin_waiting(session)
+        return out + self._begin_waiting(session)
+
+    def _unanswered_replies(self, session: Session, request_id: int) -> list[Outgoing]:
+        """Even a request that is given up gets its one reply."""
+        lease = session.leases.get(request_id)
+        is_open = lease is not None and lease.fetch in self._unanswered
+        lease = lease if is_open else self._waiting(session, request_id)
+        if lease is None:
+            return []
+        text = f"request {request_id} was released before it was answered"
+        return [(lease.line, ErrorReply(request_id, self._epoch, BadRequest.wire_code, text))]
+
+    def _waiting(self, session: Session, request_id: int) -> Lease | None:
+        return next((lease for lease in session.waiting if lease.request.request_id == request_id), None)
 
     def forget(self, session: Session) -> None:
         """The session is over: all its leases come back."""
@@ -84,6 +107,7 @@ class Leasing:
             out += self._answer(session, lease)
         for session in sessions:
             out += self._expired(session, time.monotonic())
+            out += self._begin_waiting(session)
         return out
 
     def _begin_waiting(self, session: Session) -> list[Outgoing]:
@@ -103,7 +127,7 @@ class Leasing:
             lease.fetch = self._engine.fetch(lease.request.layer, lease.ids)
         except SparseFlowError as error:
             return [(lease.line, self._refusal(session, lease.request, error))]
-        session.counts += self._engine.counts() - before
+        session.counts += replace(self._engine.counts() - before, hits=0, misses=0)  # those when it has its slots
         session.leases[lease.request.request_id] = lease
         self._unanswered[lease.fetch] = session, lease
         return self._answer(session, lease)
@@ -118,6 +142,8 @@ class Leasing:
         if isinstance(outcome, Exception):
             self._end(session, request.request_id)
             return [(lease.line, self._refusal(session, request, outcome))]
+        n_missed = self._engine.missed(lease.fetch)
+        session.counts += FetchCounts(hits=len(lease.ids) - n_missed, misses=n_missed)
         counts = [getattr(session.counts, name) for name in TOLD_COUNTS]
         slots = outcome.astype(np.uint32).tobytes()
         return [(lease.line, NeuronsReady(request.request_id, self._epoch, slots, counts))]
@@ -147,7 +173,7 @@ class Leasing:
 
     def _end(self, session: Session, request_id: int) -> None:
         """End a lease, or a request that waits for one; one that is not known is over already."""
-        if any(lease.request.request_id == request_id for lease in session.waiting):
+        if self._waiting(session, request_id):
             session.waiting = deque(lease for lease in session.waiting if lease.request.request_id != request_id)
         lease = session.leases.pop(request_id, None)
         if lease is not None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import zmq
 
-from sparseflow.errors import BadRequest, Draining, NotPermitted, Resync, ServerError, SparseFlowError
+from sparseflow.errors import BadRequest, Draining, NoAnswer, NotPermitted, Resync, ServerError, SparseFlowError
 from sparseflow.protocol.codec import MOST_NBYTES, Undecodable, decode, encode
 from sparseflow.protocol.messages import (
     AcquireNeurons,
@@ -67,6 +67,7 @@ class Server:
         """Called about once a second."""
         self._greetings: set[Greeting] = set()
         self._drained_by_s = float("inf")
+        self._next_look_s = 0.0
         self._handlers: dict[int, Callable[[], None]] = {}
         self._epoll = select.epoll()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -117,13 +118,13 @@ class Server:
         while not self._is_drained():
             try:
                 self._turn()
+                self.last_tick_s = now = time.monotonic()
+                if now >= next_tick_s:
+                    next_tick_s = now + _TICK_S
+                    self._tick(now)
             except Exception:  # one bad peer must not end the service of all; what it was is in status and log
                 self.n_loop_errors += 1
                 _log.exception("unforeseen; going on")
-            self.last_tick_s = now = time.monotonic()
-            if now >= next_tick_s:
-                next_tick_s = now + _TICK_S
-                self._tick(now)
 
     def close(self) -> None:
         """Close everything; sessions see their connection end. May be called twice."""
@@ -152,7 +153,8 @@ class Server:
                     self._handlers[fd]()
         if self._router in ready:
             self._answer_questions()
-        if is_waiting and not ready:
+        if is_waiting and time.monotonic() >= self._next_look_s:  # for deadlines
+            self._next_look_s = time.monotonic() + _WAITING_TICK_S
             for name in self.leasings:
                 self._progress(name)
 
@@ -216,7 +218,7 @@ class Server:
 
     def _answers(self, session: Session, key: bytes, content: bytes) -> list[Outgoing]:
         """Replies to one packet; exactly one to a request, whatever is wrong with it."""
-        request_id = 0
+        request_id, message = 0, None
         try:
             message = decode(content)
             request_id = getattr(message, "request_id", 0)
@@ -225,6 +227,8 @@ class Server:
             return [(key, self._error(request_id, error))]
         except SparseFlowError as error:
             session.last_error = str(error)
+            if isinstance(message, HintNeurons | ReleaseLeases):  # notices have no reply
+                return []
             return [(key, self._error(getattr(error, "request_id", request_id), error))]
         except Exception as error:
             self.n_loop_errors += 1
@@ -375,6 +379,8 @@ class Server:
         try:
             message, descriptors = receive_packet(session.sock)
             _close(descriptors)
+        except NoAnswer:
+            return
         except SparseFlowError:
             message = None
         if isinstance(message, Detach):
@@ -410,7 +416,7 @@ class Server:
         self._refuse(greeting.sock, error)
 
     def _refuse(self, sock: socket.socket, error: SparseFlowError) -> None:
-        with suppress(OSError):
+        with suppress(OSError, SparseFlowError):
             send_packet(sock, self._error(0, error))
         sock.close()
 

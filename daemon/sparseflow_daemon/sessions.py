@@ -54,7 +54,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.counters_memory = SharedMemory("counters", COUNTERS_NBYTES, others_may_write=True)
-        self._counters = SessionCounters(self.counters_memory.map)
+        self._counters = SessionCounters(self.counters_memory.bytes)
         self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparseflow.client.attachment import Attachment
-from sparseflow.errors import NoAnswer, ServerError, ServerNotRunning
+from sparseflow.errors import BadRequest, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.messages import (
     AcquireNeurons,
@@ -60,9 +60,10 @@ class Line:
     def acquire(self, layer: int, ids: NDArray[np.uint32], timeout_s: float) -> int:
         """Ask for bundles; returns the request's id at once. timeout_s: how long the server may wait for slots."""
         request_id = next(self._request_ids)
-        released, self._released = self._released, []
+        released = list(self._released)
         self._awaited.add(request_id)
         self._send(AcquireNeurons(request_id, self._epoch, layer, ids.tobytes(), released, timeout_s))
+        del self._released[: len(released)]
         return request_id
 
     def reply(self, request_id: int, deadline_s: float) -> NeuronsReady | ErrorReply:
@@ -73,6 +74,8 @@ class Line:
         """
         while request_id not in self._replies:
             self._receive(deadline_s)
+            if request_id not in self._replies and time.monotonic() >= deadline_s:
+                raise NoAnswer("the server answered everything but this in time; is it stopped, or its disk?")
         self._awaited.discard(request_id)
         return self._replies.pop(request_id)
 
@@ -86,17 +89,22 @@ class Line:
         self._replies.pop(request_id, None)
         self._released.append(request_id)
         if at_once:
-            released, self._released = self._released, []
+            released = list(self._released)
             self._send(ReleaseLeases(self._epoch, released))
+            del self._released[: len(released)]
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
         self._socket.close()
 
     def _send(self, message: Message) -> None:
+        content = encode(message)
+        if len(content) > PACKET_NBYTES:
+            raise BadRequest(f"{type(message).__name__} of {len(content)} bytes: a packet holds {PACKET_NBYTES}; "
+                             "ask for fewer neurons at once")  # fmt: skip
         self._socket.settimeout(_SEND_TIMEOUT_S)
         try:
-            self._socket.send(encode(message))
+            self._socket.send(content)
         except TimeoutError as error:
             raise NoAnswer(f"the server took nothing within {_SEND_TIMEOUT_S:g} s; is it stopped?") from error
         except OSError as error:
@@ -120,9 +128,11 @@ class Line:
         self.n_messages += 1
         message = decode(content)
         match message:
-            case ErrorReply(request_id=0):  # to Join
+            case ErrorReply(request_id=0, code=Resync.wire_code):  # to Join
                 self.attachment.is_over = True
                 raise ServerNotRunning(f"the server has ended the session: {message.text}")
+            case ErrorReply(request_id=0):
+                raise of_wire_code(message.code, message.text)
             case NeuronsReady():
                 self.counts = message.counts
             case ErrorReply():

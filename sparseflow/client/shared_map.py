@@ -1,19 +1,9 @@
 """Memory of a weight server, mapped here."""
 
-import ctypes
-import mmap
-import os
-import weakref
 from typing import Any
 
+from sparseflow.engine.mapping import Mapping
 from sparseflow.errors import NotEnoughMemory
-
-_FAILED = ctypes.c_void_p(-1).value
-_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class SharedMap:
@@ -32,26 +22,29 @@ class SharedMap:
             NotEnoughMemory: the system refuses.
         """
         self.nbytes = nbytes
-        self._changes = changes
-        address = self._map(None, fd, 0)
-        self.content: Any = (ctypes.c_ubyte * nbytes).from_address(address)
+        try:
+            self._mapping = Mapping(fd, nbytes, writable=not changes, private=not changes)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    @property
+    def content(self) -> Any:
         """A buffer, as torch and numpy take it."""
-        weakref.finalize(self.content, _libc.munmap, address, nbytes).atexit = False  # tensors may outlive us there
-        self._address = address
+        return self._mapping.content
 
     def replace(self, fd: int) -> None:
-        """Put other memory of the same size and content in place, under whatever reads it now."""
-        self._map(self._address, fd, _MAP_FIXED)
+        """Put other memory of the same size and content in place, under whatever reads it now.
 
-    def _map(self, address: int | None, fd: int, flags: int) -> int:
-        if self._changes:
-            protection, flags = mmap.PROT_READ, flags | mmap.MAP_SHARED
-        else:
-            protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, flags | mmap.MAP_PRIVATE | _MAP_NORESERVE
-        found: int | None = _libc.mmap(address, self.nbytes, protection, flags, fd, 0)
-        if found is None or found == _FAILED:
-            raise NotEnoughMemory(
-                f"{self.nbytes} bytes of the server's memory cannot be mapped ({os.strerror(ctypes.get_errno())}); "
-                "raise the limits of this process (ulimit -v)"
-            )
-        return found
+        Raises:
+            NotEnoughMemory: the system refuses.
+        """
+        try:
+            self._mapping.replace(fd)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> NotEnoughMemory:
+        return NotEnoughMemory(
+            f"{self.nbytes} bytes of the server's memory cannot be mapped ({error.strerror}); "
+            "raise the limits of this process (ulimit -v)"
+        )

@@ -23,14 +23,12 @@ class Arena:
         """
         self.memory = SharedMemory("arena", n_slots * slot_nbytes) if shared else None
         try:
-            self._map = self.memory.map if self.memory else _private_map(n_slots * slot_nbytes)
+            content = self.memory.bytes if self.memory else _private_memory(n_slots * slot_nbytes)
         except OSError as error:
             raise NotEnoughMemory(
                 f"an arena of {n_slots} slots of {slot_nbytes} bytes: {error.strerror}; give less memory"
             ) from error
-        with suppress(OSError):  # fewer TLB misses where the kernel has huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.slots: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8).reshape(n_slots, slot_nbytes)
+        self.slots: NDArray[np.uint8] = content.reshape(n_slots, slot_nbytes)
 
     def close(self) -> None:
         """Close the descriptor of a shared arena. May be called twice."""
@@ -43,5 +41,8 @@ class Arena:
         return np.asarray(start + slots.astype(np.int64) * stride, np.uint64)
 
 
-def _private_map(nbytes: int) -> mmap.mmap:
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _private_memory(nbytes: int) -> NDArray[np.uint8]:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # fewer TLB misses where the kernel has huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)

@@ -202,6 +202,11 @@ class Engine:
             self._require_open()
             self._collect_now()
 
+    def missed(self, fetch: int) -> int:
+        """How many bundles of a fetch that has come had to be read for it."""
+        with self._changed:
+            return self._residency.missed(fetch)
+
     def outcome(self, fetch: int) -> NDArray[np.int64] | Exception | None:
         """As `wait`, at once: slots, the error that the fetch ended with, or None while bundles are missing."""
         with self._changed:

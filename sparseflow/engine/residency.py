@@ -114,6 +114,7 @@ class Counts:
 class _Lease:
     slots: NDArray[np.int64]
     is_ready: bool
+    n_missing: int
 
 
 class Residency:
@@ -167,6 +168,10 @@ class Residency:
         """Whether a fetch was acquired and is not over."""
         return fetch in self._leases or any(fetch == waiting.fetch for waiting in self._waiting)
 
+    def missed(self, fetch: int) -> int:
+        """Bundles that were absent when a fetch that holds a lease was given its slots."""
+        return self._leases[fetch].n_missing
+
     def arrived(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of the slots that a fetch leases, those that are filled: positions among its ids, and slots."""
         lease = self._leases.get(fetch)
@@ -216,7 +221,7 @@ class Residency:
             self.layer_hits[fetch.layer] += len(hits)
             self.layer_misses[fetch.layer] += n_missing
             is_ready = not self._is_loading[slots].any()
-            self._leases[fetch.fetch] = _Lease(slots, is_ready)
+            self._leases[fetch.fetch] = _Lease(slots, is_ready, n_missing)
             if is_ready:
                 instructions.append(Ready(fetch.fetch, slots))
         return instructions

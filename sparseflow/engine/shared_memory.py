@@ -6,7 +6,6 @@ SIGBUS); only the map that was made before sealing can be written through.
 """
 
 import fcntl
-import mmap
 import os
 import weakref
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from sparseflow.engine.mapping import Mapping
 from sparseflow.errors import DiskError, NotEnoughMemory, ShardCorrupt
 from sparseflow.store.shard_format import FileEntry
 
@@ -41,7 +41,7 @@ class SharedMemory:
         try:
             fd = os.memfd_create(f"sparseflow-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, max(nbytes, 1))
-            self.map = mmap.mmap(fd, max(nbytes, 1))
+            mapping = Mapping(fd, nbytes, writable=True)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (0 if others_may_write else _F_SEAL_FUTURE_WRITE)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
@@ -52,7 +52,8 @@ class SharedMemory:
                 f"{nbytes} bytes of shared memory: {error.strerror}; give less memory, or raise the limits of this user"
             ) from error
         self.fd = fd
-        self.bytes: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8, nbytes)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(mapping.content, np.uint8, nbytes)
+        """(nbytes,) uint8."""
         self._close: Callable[[], Any] = weakref.finalize(self, os.close, fd)
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ def decode(content: bytes) -> Message:
             strict_map_key=True,
             max_str_len=MOST_NBYTES,
             max_bin_len=MOST_NBYTES,
-            max_array_len=_MOST_ITEMS,
+            max_array_len=min(_MOST_ITEMS, len(content)),  # memory for it is taken before its items are seen
             max_map_len=_MOST_ITEMS,
             max_ext_len=0,
             ext_hook=_refuse_extension,
@@ -56,9 +56,10 @@ def decode(content: bytes) -> Message:
         ) from error
     if not isinstance(parts, list) or len(parts) < 2:
         raise Undecodable(f"not a message (an array of version, kind and fields); speak protocol {PROTOCOL_VERSION}")
-    if parts[0] != PROTOCOL_VERSION:
+    if type(parts[0]) is not int or parts[0] != PROTOCOL_VERSION:
         raise ProtocolMismatch(
-            f"protocol version: {parts[0]!r} there, {PROTOCOL_VERSION} here; install the same SparseFlow on both sides"
+            f"protocol version: {brief(parts[0])} there, {PROTOCOL_VERSION} here; "
+            "install the same SparseFlow on both sides"
         )
     return _build(parts[1], parts[2:])
 
@@ -66,14 +67,14 @@ def decode(content: bytes) -> Message:
 def _build(kind: object, values: list[Any]) -> Message:
     cls = _CLASSES.get(kind) if type(kind) is int else None
     if cls is None:
-        raise Undecodable(f"message of kind {kind!r}: not known to protocol {PROTOCOL_VERSION}")
+        raise Undecodable(f"message of kind {brief(kind)}: not known to protocol {PROTOCOL_VERSION}")
     names, types = _NAMES[cls], _TYPES[cls]
-    first = values[0] if values and names[0] == "request_id" and _is_a(values[0], int) else 0
+    first = values[0] if values and names[:1] == ("request_id",) and _is_a(values[0], int) else 0
     if len(values) != len(names):
         raise Undecodable(f"{cls.__name__} of {len(values)} fields, not {len(names)}", first)
     for name, value, expected in zip(names, values, types, strict=True):
         if not _is_a(value, expected):
-            raise Undecodable(f"{cls.__name__}.{name} is {_short(value)}, not {expected}", first)
+            raise Undecodable(f"{cls.__name__}.{name} is {brief(value)}, not {expected}", first)
     message: Message = cls(*values)
     return message
 
@@ -82,7 +83,7 @@ def _is_a(value: Any, expected: Any) -> bool:
     if expected is int:
         return type(value) is int and 0 <= value <= _MOST_INT
     if expected is float:
-        return type(value) is float and value == value
+        return type(value) is float and math.isfinite(value)
     if expected == list[int]:
         return type(value) is list and all(_is_a(item, int) for item in value)
     if expected == list[dict[str, Any]]:
@@ -92,8 +93,12 @@ def _is_a(value: Any, expected: Any) -> bool:
     return type(value) is expected
 
 
-def _short(value: object) -> str:
-    text = repr(value)
+def brief(value: object) -> str:
+    """What a peer sent, as an error may show it: never longer than a line, whatever it is."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__}"
     return text if len(text) < 40 else text[:40] + "..."
 
 

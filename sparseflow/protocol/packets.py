@@ -36,9 +36,13 @@ def receive_packet(sock: socket.socket) -> tuple[Message, list[int]]:
         content, descriptors, flags, _ = socket.recv_fds(sock, PACKET_NBYTES, _MOST_DESCRIPTORS)
     except TimeoutError as error:
         raise NoAnswer(f"no answer within {sock.gettimeout():g} s; is the other side stopped?") from error
+    except BlockingIOError as error:
+        raise NoAnswer("nothing has come") from error
     except ConnectionError as error:
         raise ServerNotRunning(f"the connection broke ({error.strerror})") from error
     try:
+        for fd in descriptors:
+            os.set_inheritable(fd, False)
         if not content:
             raise ServerNotRunning("the connection was closed by the other side")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):

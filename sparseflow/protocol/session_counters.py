@@ -7,7 +7,7 @@ byte 0       8
 +------------+------
 """
 
-import mmap
+from typing import Any
 
 COUNTERS_NBYTES = 4096
 
@@ -15,8 +15,12 @@ COUNTERS_NBYTES = 4096
 class SessionCounters:
     """A view of the page, on either side."""
 
-    def __init__(self, mapping: mmap.mmap) -> None:
-        self._words = memoryview(mapping).cast("Q")
+    def __init__(self, page: Any) -> None:
+        """
+        Args:
+            page: a buffer of COUNTERS_NBYTES.
+        """
+        self._words = memoryview(page).cast("B").cast("Q")
 
     @property
     def tokens(self) -> int:

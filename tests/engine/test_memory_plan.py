@@ -16,10 +16,9 @@ import torch
 from child_process import run_python
 from transformers import OPTConfig
 
-from sparseflow.engine import memory_plan
 from sparseflow.core.checkpoint import Checkpoint
-from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.converter import convert
+from sparseflow.engine import memory_plan
 from sparseflow.engine.memory_plan import AUTO_SHARE, DENSE_PART_NBYTES, LEAST_SHARE, free_memory, plan_memory
 from sparseflow.errors import BadRequest, NotEnoughMemory
 from sparseflow.store.manifest import DENSE_NAME, Manifest, predictor_name, shard_name

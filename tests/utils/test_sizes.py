@@ -2,8 +2,8 @@
 
 import pytest
 
-from sparseflow.utils.sizes import format_size, parse_size
 from sparseflow.errors import BadRequest
+from sparseflow.utils.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,520 @@
+"""Messages to bytes and back, and what is made of bytes that are no message of ours."""
+
+import ast
+import dataclasses
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import msgpack
+import numpy as np
+import pytest
+import sparseflow_daemon
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparseflow
+from sparseflow.errors import BadRequest, ProtocolMismatch
+from sparseflow.protocol import codec, messages
+from sparseflow.protocol.codec import MOST_NBYTES, Undecodable, decode, encode
+from sparseflow.protocol.messages import (
+    PROTOCOL_VERSION,
+    AcquireNeurons,
+    Attach,
+    Detach,
+    ErrorReply,
+    HintNeurons,
+    Join,
+    Message,
+    ReleaseLeases,
+    StatusRequest,
+)
+
+ALL: tuple[type[Any], ...] = get_args(Message)
+quickly = settings(max_examples=50, deadline=None, database=None)
+each_message = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+
+MOST_INT = 2**64 - 1
+TEXT = st.text("az09 /\0\n\x7fé€😀")
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), MOST_INT) | st.floats(allow_nan=False) | TEXT | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=8,
+)
+OF_HINT: dict[Any, st.SearchStrategy[Any]] = {
+    int: st.integers(0, MOST_INT),
+    float: st.floats(0, allow_infinity=False),
+    bool: st.booleans(),
+    str: TEXT,
+    bytes: st.binary(),
+    list[int]: st.lists(st.integers(0, MOST_INT)),
+    dict[str, Any]: st.dictionaries(TEXT, PLAIN, max_size=4),
+    list[dict[str, Any]]: st.lists(st.dictionaries(TEXT, PLAIN, max_size=4), max_size=4),
+}
+NO_INT = [None, True, False, -1, -(2**63), 1.0, 2.0**64, "1", b"1", [], [1], {}]
+OF_OTHER_TYPE: dict[Any, list[Any]] = {
+    int: NO_INT,
+    float: [None, True, 1, "1.0", b"", float("nan"), [], {}],
+    bool: [None, 0, 1, 1.0, "true", b"", [], {}],
+    str: [None, True, 0, 1.0, b"name", [], {}],
+    bytes: [None, False, 0, 1.0, "abcd", [1, 2], {}],
+    list[int]: [None, True, 3, 1.0, "12", b"12", {}, *([1, value] for value in NO_INT)],
+    dict[str, Any]: [None, True, 1, 1.0, "{}", b"", [], [["a", 1]], {b"a": 1}],
+    list[dict[str, Any]]: [None, True, 1, 1.0, "", b"", {}, {"name": 1}, [1], [{}, []], [{}, None]],
+}
+
+
+def fields_of(cls: type[Any]) -> dict[str, Any]:
+    """Name -> type of the fields that travel."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def some_message(cls: type[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(cls, **{name: OF_HINT[hint] for name, hint in fields_of(cls).items()})
+
+
+def parts_of(cls: type[Any]) -> list[Any]:
+    """Version, kind and fields of a message, to be spoiled."""
+    sample = {int: 7, float: 1.5, bool: True, str: "x", bytes: b"abcd", list[int]: [1], dict[str, Any]: {"a": 1}}
+    sample[list[dict[str, Any]]] = [{"name": "a"}]
+    return [PROTOCOL_VERSION, cls.KIND, *(sample[hint] for hint in fields_of(cls).values())]
+
+
+def refused(content: bytes) -> BadRequest | ProtocolMismatch:
+    """The error that bytes are refused with, which comes at once."""
+    begin = time.monotonic()
+    with pytest.raises((BadRequest, ProtocolMismatch)) as caught:
+        decode(content)
+    assert time.monotonic() - begin < 2
+    return caught.value
+
+
+def assert_message_or_refused(content: bytes) -> None:
+    """What is taken is what would be sent."""
+    try:
+        message = decode(content)
+    except (BadRequest, ProtocolMismatch):
+        return
+    assert type(message) in ALL
+    assert encode(decode(encode(message))) == encode(message)
+
+
+# --- there and back
+
+
+@each_message
+@given(data=st.data())
+@quickly
+def test_every_message_comes_back_as_it_was(cls: type[Any], data: st.DataObject) -> None:
+    message = data.draw(some_message(cls))
+    back = decode(encode(message))
+    assert type(back) is cls
+    assert back == message
+    for field in dataclasses.fields(cls):
+        assert type(getattr(back, field.name)) is type(getattr(message, field.name))
+
+
+def test_largest_layer_comes_back(rng: np.random.Generator) -> None:
+    """All neurons of 65,536 are asked for, and many leases released beside them."""
+    ids = np.arange(1 << 16, dtype="<u4").tobytes()
+    request = AcquireNeurons(MOST_INT, MOST_INT, 95, ids, rng.integers(0, 2**63, 10_000).tolist(), 60.0)
+    assert decode(encode(request)) == request
+
+
+# --- the bytes themselves
+
+# kind: name, fields. A change here is another PROTOCOL_VERSION.
+WIRE = {
+    1: ("Attach", "pid model expected"),
+    2: ("Detach", ""),
+    3: ("AcquireNeurons", "request_id epoch layer ids released timeout_s"),
+    4: ("HintNeurons", "epoch layer ids"),
+    5: ("ReleaseLeases", "epoch released"),
+    6: ("StatusRequest", "request_id"),
+    7: ("Join", "epoch session"),
+    17: (
+        "Welcome",
+        "epoch session server_pid model profile identity regions is_resident n_slots fetch_limit layer_s scattered_s "
+        "io disk_bytes_per_s strategy",
+    ),
+    18: ("Detached", "epoch"),
+    19: ("NeuronsReady", "request_id epoch slots counts"),
+    20: ("StatusReply", "request_id epoch content"),
+    21: ("ErrorReply", "request_id epoch code text"),
+}
+
+
+def test_kinds_and_fields_of_version_1_are_these() -> None:
+    assert PROTOCOL_VERSION == 1
+    assert {cls.KIND: (cls.__name__, " ".join(fields_of(cls))) for cls in ALL} == WIRE
+
+
+def test_bytes_of_a_request_are_these() -> None:
+    request = AcquireNeurons(
+        request_id=300,
+        epoch=2**63,
+        layer=5,
+        ids=np.array([1, 258], "<u4").tobytes(),
+        released=[299, 7],
+        timeout_s=1.5,
+    )
+    assert encode(request) == bytes.fromhex(
+        "98"  # eight parts
+        "01 03"  # version, kind
+        "cd012c"  # request_id
+        "cf8000000000000000"  # epoch
+        "05"  # layer
+        "c408 01000000 02010000"  # ids
+        "92 cd012b 07"  # released
+        "cb3ff8000000000000"  # timeout_s
+    )
+
+
+def test_bytes_of_a_reply_are_these() -> None:
+    assert encode(ErrorReply(1, 2, "resync", "é")) == bytes.fromhex("96 01 15 01 02 a6") + b"resync" + b"\xa2\xc3\xa9"
+    assert encode(Detach()) == bytes.fromhex("920102")
+
+
+# --- the registry
+
+
+def test_every_message_of_the_module_is_in_the_union() -> None:
+    defined = {cls for cls in vars(messages).values() if dataclasses.is_dataclass(cls)}
+    assert defined == set(ALL)
+
+
+def test_kinds_are_unique_and_tell_who_receives_them() -> None:
+    kinds = [cls.KIND for cls in ALL]
+    assert len(set(kinds)) == len(kinds)
+    to_server = {Attach, Detach, Join, AcquireNeurons, HintNeurons, ReleaseLeases, StatusRequest}
+    assert {cls for cls in ALL if cls.KIND < 16} == to_server
+
+
+@each_message
+def test_message_is_documented_frozen_and_slotted(cls: type[Any]) -> None:
+    written = cls.__doc__ or ""
+    assert written
+    assert not written.startswith(f"{cls.__name__}("), "the docstring that dataclass makes up"
+    assert cls.__dataclass_params__.frozen
+    assert not hasattr(decode(msgpack.packb(parts_of(cls))), "__dict__")
+
+
+@each_message
+def test_request_id_comes_first_where_there_is_one(cls: type[Any]) -> None:
+    """So that it can be read of a message whose other fields cannot."""
+    names = list(fields_of(cls))
+    assert "request_id" not in names[1:]
+
+
+# --- what is no message
+
+
+@given(content=st.binary(max_size=300))
+@settings(max_examples=500, deadline=None, database=None)
+def test_any_bytes_are_a_message_or_refused(content: bytes) -> None:
+    assert_message_or_refused(content)
+
+
+@given(parts=st.lists(PLAIN, max_size=12), kind=st.sampled_from([cls.KIND for cls in ALL]))
+@settings(max_examples=300, deadline=None, database=None)
+def test_any_fields_are_a_message_or_refused(parts: list[Any], kind: int) -> None:
+    assert_message_or_refused(msgpack.packb([PROTOCOL_VERSION, kind, *parts]))
+
+
+@each_message
+@given(data=st.data())
+@quickly
+def test_message_with_a_wrong_byte_is_a_message_or_refused(cls: type[Any], data: st.DataObject) -> None:
+    content = bytearray(encode(data.draw(some_message(cls))))
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    assert_message_or_refused(bytes(content))
+
+
+@each_message
+def test_message_that_ends_early_or_late_is_refused(cls: type[Any]) -> None:
+    whole = msgpack.packb(parts_of(cls))
+    for n in range(len(whole)):
+        assert isinstance(refused(whole[:n]), Undecodable)
+    assert isinstance(refused(whole + b"\0"), Undecodable)
+    assert isinstance(refused(whole + whole), Undecodable)
+
+
+@each_message
+def test_message_with_too_few_or_too_many_fields_is_refused(cls: type[Any]) -> None:
+    parts = parts_of(cls)
+    for wrong in (parts[:-1], [*parts, 1], [*parts, *parts]):
+        if len(wrong) >= 2:
+            error = refused(msgpack.packb(wrong))
+            assert isinstance(error, Undecodable)
+            assert cls.__name__ in str(error)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(cls, name) for cls in ALL for name in fields_of(cls)],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+def test_field_of_another_type_is_refused_and_named(cls: type[Any], name: str) -> None:
+    position = 2 + list(fields_of(cls)).index(name)
+    for value in OF_OTHER_TYPE[fields_of(cls)[name]]:
+        parts = parts_of(cls)
+        parts[position] = value
+        error = refused(msgpack.packb(parts))
+        assert isinstance(error, Undecodable), value
+        assert f"{cls.__name__}.{name}" in str(error)
+
+
+def test_integer_beyond_64_bits_is_refused() -> None:
+    """MessagePack has no form for it, so it comes as something else; ours never send it."""
+    for value in (float(2**64), 1.8e308, "18446744073709551616"):
+        assert isinstance(refused(msgpack.packb([PROTOCOL_VERSION, StatusRequest.KIND, value])), Undecodable)
+    with pytest.raises(OverflowError):
+        encode(StatusRequest(2**64))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\0", b"junk", b"\xff" * 40, b"\xc0", b"\xc1", b"\x80", b"\x90", b"\x91\x01", b"\x93\x01\x01"),
+        msgpack.packb({"version": 1, "kind": 2}),
+        msgpack.packb([PROTOCOL_VERSION]),
+        *(
+            msgpack.packb([PROTOCOL_VERSION, kind])
+            for kind in (0, 15, 16, 99, -1, 2**63, 2.0, True, "2", b"", None, [2])
+        ),
+    ],
+    ids=lambda content: content.hex() or "nothing",
+)
+def test_junk_is_refused(content: bytes) -> None:
+    assert isinstance(refused(content), Undecodable)
+
+
+@pytest.mark.parametrize(
+    "extension",
+    [
+        msgpack.packb(msgpack.ExtType(5, b"abc")),
+        msgpack.packb(msgpack.Timestamp(1)),
+        msgpack.packb(msgpack.Timestamp(1, 5)),
+        b"\xd4\x01\x00",  # fixext 1
+        b"\xc7\x00\x05",  # ext 8 of nothing
+        b"\xc7\x00\xff",  # a timestamp of nothing
+        b"\xc9\xff\xff\xff\xff\x05",  # ext 32 that says it is 4 GiB
+    ],
+    ids=bytes.hex,
+)
+def test_extension_types_are_refused_wherever_they_stand(extension: bytes) -> None:
+    assert isinstance(refused(extension), Undecodable)
+    assert isinstance(refused(b"\x92\x01" + extension), Undecodable)
+    assert isinstance(refused(b"\x93\x01\x06" + extension), Undecodable)
+    assert isinstance(refused(b"\x95\x01\x01\x01\xa1m\x81\xa1a" + extension), Undecodable), "inside a field of Attach"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"\x81\x01\x02",  # keys that are numbers
+        b"\x81\x90\x02",  # or lists
+        b"\x81\xc0\x02",
+        b"\x81\xc4\x01a\x02",  # or bytes
+        b"\x81\xa1\xff\x02",  # not UTF-8
+        b"\x81\xa3\xed\xa0\x80\x02",  # half of a surrogate pair
+    ],
+    ids=bytes.hex,
+)
+def test_key_that_is_no_text_is_refused(field: bytes) -> None:
+    assert isinstance(refused(b"\x95\x01\x01\x01\xa1m" + field), Undecodable)
+
+
+@pytest.mark.parametrize("header", ["ddffffffff", "dfffffffff", "c6ffffffff", "dbffffffff", "dd00010001", "df00010001"])
+def test_header_that_promises_more_than_may_come_is_refused_before_memory_is_taken(header: str) -> None:
+    """Array, map, bytes, text; also inside a message."""
+    for before in ("", "9201", "930106", "95010101a16d81a161"):
+        content = bytes.fromhex(before + header)
+        tracemalloc.start()
+        try:
+            assert isinstance(refused(content), Undecodable)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("header", ["dcffff", "deffff", "dd00010000"])
+def test_headers_in_headers_take_little_memory(header: str) -> None:
+    """Each promises 65,535 items, and the first of them is the next header."""
+    content = bytes.fromhex(header) * 1024
+    tracemalloc.start()
+    try:
+        assert isinstance(refused(content), Undecodable)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20, f"{len(content)} bytes took {peak / 2**20:.0f} MiB"
+
+
+NESTED = {
+    "lists": (b"\x91", b"\x90"),
+    "maps": (b"\x81\xa1a", b"\x90"),
+}
+AROUND = {  # what stands before and after; nothing of it is a message
+    "version": (b"\x92", b"\x01"),
+    "kind": (b"\x92\x01", b""),
+    "first field": (b"\x93\x01\x06", b""),
+    "later field": (b"\x95\x01\x04\x01\x01", b""),
+    "inside a field": (b"\x95\x01\x01\xc0\xa1m\x81\xa1a", b""),
+    "field too many": (b"\x93\x01\x02", b""),
+    "fields missing": (b"\x93\x01\x03", b""),
+}
+
+
+@pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_lists_and_maps_in_each_other_are_refused_however_deep(
+    around: tuple[bytes, bytes], nested: tuple[bytes, bytes]
+) -> None:
+    for depth in (10, 100, 500, *range(900, 1030, 10), 1021, 1022, 1023, 1100, 5000, 100_000):
+        refused(around[0] + nested[0] * depth + nested[1] + around[1])
+
+
+@pytest.mark.parametrize("version", [0, 2, 255, 2**64 - 1, -1, 1.5, "1", b"\x01", None, [], [1], {}])
+def test_other_version_is_a_mismatch_whatever_follows(version: Any) -> None:
+    for rest in ([2], [999, "anything"], [None], [[], {}, b""]):
+        error = refused(msgpack.packb([version, *rest]))
+        assert isinstance(error, ProtocolMismatch)
+        assert repr(version) in str(error)
+        assert f"{PROTOCOL_VERSION} here" in str(error)
+
+
+@pytest.mark.parametrize("version", [True, 1.0])
+def test_version_that_only_equals_ours_is_refused(version: Any) -> None:
+    refused(msgpack.packb([version, Detach.KIND]))
+
+
+def test_message_that_is_too_large_is_refused_before_it_is_read() -> None:
+    request = HintNeurons(1, 2, bytes(MOST_NBYTES))
+    content = encode(request)
+    error = refused(content)
+    assert isinstance(error, Undecodable)
+    assert str(MOST_NBYTES) in str(error)
+    fits = HintNeurons(1, 2, bytes(MOST_NBYTES - (len(content) - MOST_NBYTES)))
+    assert len(encode(fits)) == MOST_NBYTES
+    assert decode(encode(fits)) == fits
+
+
+@pytest.mark.parametrize("filler", [b"\0" * 1_000_000, "x" * 1_000_000, ["x" * 100] * 9_000, {"x" * 500_000: 1}])
+def test_error_is_short_however_long_what_is_wrong(filler: Any) -> None:
+    """It is sent back as a reply, which must be taken."""
+    for parts in (
+        [filler, 2],
+        [PROTOCOL_VERSION, filler],
+        [PROTOCOL_VERSION, 6, filler],
+        [PROTOCOL_VERSION, 21, 1, filler, "", ""],
+    ):
+        error = refused(msgpack.packb(parts))
+        reply = encode(ErrorReply(0, 1, "bad_request", str(error)))
+        assert len(reply) < 2000
+
+
+# --- whose request it was
+
+
+def test_request_id_of_a_spoiled_request_is_kept() -> None:
+    whole = [PROTOCOL_VERSION, AcquireNeurons.KIND, 4711, 1, 2, b"", [], 1.0]
+    for position in range(3, len(whole)):
+        error = refused(msgpack.packb([*whole[:position], None, *whole[position + 1 :]]))
+        assert isinstance(error, Undecodable)
+        assert error.request_id == 4711
+    for wrong in (whole[:3], whole[:-1], [*whole, 1]):
+        error = refused(msgpack.packb(wrong))
+        assert isinstance(error, Undecodable)
+        assert error.request_id == 4711
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [PROTOCOL_VERSION, AcquireNeurons.KIND],
+        *([PROTOCOL_VERSION, AcquireNeurons.KIND, first, 1] for first in NO_INT),
+        [PROTOCOL_VERSION, HintNeurons.KIND, 4711],  # its first field is the epoch
+        [PROTOCOL_VERSION, ReleaseLeases.KIND, 4711],
+        [PROTOCOL_VERSION, Attach.KIND, 4711, 0],
+        [PROTOCOL_VERSION, 99, 4711],
+        4711,
+    ],
+    ids=repr,
+)
+def test_request_id_is_0_where_none_can_be_read(parts: Any) -> None:
+    error = refused(msgpack.packb(parts))
+    assert isinstance(error, Undecodable)
+    assert error.request_id == 0
+
+
+# --- nothing that runs what it is sent
+
+RUNS_WHAT_IT_READS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+METHODS = {"recv_pyobj", "send_pyobj", "recv_serialized", "unsafe_load"}
+SOURCES = sorted(
+    path for package in (sparseflow, sparseflow_daemon) for path in Path(str(package.__file__)).parent.rglob("*.py")
+)
+
+
+def unsafe(source: str) -> Iterator[str]:
+    """Every way to run what was read, as it stands in the source."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names if alias.name.split(".")[0] in RUNS_WHAT_IT_READS)
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] in RUNS_WHAT_IT_READS:
+                yield module
+            case ast.Name(id=name) if name in CALLS:
+                yield name
+            case ast.Attribute(attr=name) if name in METHODS:
+                yield name
+            case ast.Call(func=ast.Attribute(attr="load", value=ast.Name(id="torch")), keywords=keywords):
+                if not any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in keywords):
+                    yield "torch.load"
+            case ast.keyword(arg="allow_pickle", value=value) if ast.unparse(value) != "False":
+                yield "allow_pickle"
+
+
+def test_sources_are_found() -> None:
+    names = {path.name for path in SOURCES}
+    assert {"codec.py", "leasing.py", "weight_client.py"} <= names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_nothing_that_is_read_is_run(path: Path) -> None:
+    assert list(unsafe(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_torch_files_are_read_only_where_checkpoints_are(path: Path) -> None:
+    assert "torch.load" not in path.read_text(encoding="utf-8") or path.name == "checkpoint.py"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f(x):\n    return eval(x)",
+        "sock.recv_pyobj()",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_each_way_to_run_what_is_read_is_seen(source: str) -> None:
+    assert len(list(unsafe(source))) == 1
+    assert list(unsafe("model.eval(); re.compile('x'); torch.load(p, weights_only=True)")) == []
+
+
+def test_codec_takes_nothing_but_the_standard_library_and_msgpack() -> None:
+    for module in (codec, messages):
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {name.split(".")[0] for name in names} <= {"dataclasses", "typing", "msgpack", "sparseflow"}
