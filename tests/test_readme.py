@@ -4,6 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,24 @@ def test_sparseflow_commands_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for line in lines:
         command = line.split("#")[0].replace("/tmp/store", str(tmp_path / "store"))
         assert main(shlex.split(command)[1:]) == 0, line
+
+
+def test_server_and_clients_run_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole block, by the shell, with the environment of the tests."""
+    (block,) = blocks("console")
+    script = "\n".join(line.removeprefix("$ ") for line in block.splitlines()).replace("python ", f"{sys.executable} ")
+    with tempfile.TemporaryDirectory(prefix="sf-") as folder:
+        monkeypatch.setenv("SPARSEFLOW_RUNTIME_DIR", folder)
+        monkeypatch.chdir(ROOT)
+        command = ["bash", "-euc", script]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "server demo is ready" in result.stdout
+        assert "demo_model: ready" in result.stdout
+        deadline = time.monotonic() + 10
+        while any(Path(folder).iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not list(Path(folder).iterdir())
 
 
 def test_scripts_that_are_named_exist() -> None:

@@ -142,11 +142,15 @@ class Leasing:
         if isinstance(outcome, Exception):
             self._end(session, request.request_id)
             return [(lease.line, self._refusal(session, request, outcome))]
-        n_missed = self._engine.missed(lease.fetch)
-        session.counts += FetchCounts(hits=len(lease.ids) - n_missed, misses=n_missed)
+        self._count_fetch(session, lease)
         counts = [getattr(session.counts, name) for name in TOLD_COUNTS]
         slots = outcome.astype(np.uint32).tobytes()
         return [(lease.line, NeuronsReady(request.request_id, self._epoch, slots, counts))]
+
+    def _count_fetch(self, session: Session, lease: Lease) -> None:
+        n_missed = self._engine.missed(lease.fetch)
+        if n_missed is not None:
+            session.counts += FetchCounts(hits=len(lease.ids) - n_missed, misses=n_missed)
 
     def _refusal(self, session: Session, request: AcquireNeurons, error: Exception) -> ErrorReply:
         code = error.wire_code if isinstance(error, SparseFlowError) else ServerError.wire_code
@@ -177,7 +181,8 @@ class Leasing:
             session.waiting = deque(lease for lease in session.waiting if lease.request.request_id != request_id)
         lease = session.leases.pop(request_id, None)
         if lease is not None:
-            self._unanswered.pop(lease.fetch, None)
+            if self._unanswered.pop(lease.fetch, None) is not None:
+                self._count_fetch(session, lease)
             self._engine.release(lease.fetch)
 
 

@@ -202,8 +202,8 @@ class Engine:
             self._require_open()
             self._collect_now()
 
-    def missed(self, fetch: int) -> int:
-        """How many bundles of a fetch that has come had to be read for it."""
+    def missed(self, fetch: int) -> int | None:
+        """How many bundles of a fetch had to be read when it was given its slots; None where it has none."""
         with self._changed:
             return self._residency.missed(fetch)
 

@@ -168,9 +168,10 @@ class Residency:
         """Whether a fetch was acquired and is not over."""
         return fetch in self._leases or any(fetch == waiting.fetch for waiting in self._waiting)
 
-    def missed(self, fetch: int) -> int:
-        """Bundles that were absent when a fetch that holds a lease was given its slots."""
-        return self._leases[fetch].n_missing
+    def missed(self, fetch: int) -> int | None:
+        """Bundles that were absent when a fetch was given its slots; None where it holds none."""
+        lease = self._leases.get(fetch)
+        return None if lease is None else lease.n_missing
 
     def arrived(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of the slots that a fetch leases, those that are filled: positions among its ids, and slots."""

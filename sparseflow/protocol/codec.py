@@ -3,6 +3,7 @@
 Nothing is trusted: sizes are capped before decoding, and every field is checked for its type.
 """
 
+import math
 from dataclasses import fields
 from typing import Any, NoReturn, get_args, get_type_hints
 
