@@ -148,9 +148,9 @@ class Server:
         timeout_s = _WAITING_TICK_S if is_waiting or self.is_draining else _TICK_S
         ready = dict(self._poller.poll(int(1000 * timeout_s)))
         if self._epoll.fileno() in ready:
-            for fd, _ in self._epoll.poll(0):
-                if fd in self._handlers:
-                    self._handlers[fd]()
+            for fd, handler in [(fd, self._handlers.get(fd)) for fd, _ in self._epoll.poll(0)]:
+                if handler is not None and self._handlers.get(fd) is handler:  # not closed by one before it
+                    handler()
         if self._router in ready:
             self._answer_questions()
         if is_waiting and time.monotonic() >= self._next_look_s:  # for deadlines
@@ -223,10 +223,9 @@ class Server:
             message = decode(content)
             request_id = getattr(message, "request_id", 0)
             return self._handle(session, key, message)
-        except Resync as error:
-            return [(key, self._error(request_id, error))]
         except SparseFlowError as error:
-            session.last_error = str(error)
+            if not isinstance(error, Resync):
+                session.last_error = str(error)
             if isinstance(message, HintNeurons | ReleaseLeases):  # notices have no reply
                 return []
             return [(key, self._error(getattr(error, "request_id", request_id), error))]
@@ -242,6 +241,7 @@ class Server:
         match message:
             case AcquireNeurons():
                 if self.is_draining:
+                    leasing.release(session, message.released)
                     raise Draining("the server is ending; attach to its successor")
                 return leasing.acquire(session, key, message)
             case HintNeurons():

@@ -1,8 +1,6 @@
 """One session with one run of a weight server: the handshake, the memory that was handed over, and the end."""
 
-import mmap
 import os
-import select
 import socket
 import time
 from contextlib import suppress
@@ -10,6 +8,7 @@ from typing import Any
 
 from sparseflow.client.arena_view import ArenaView
 from sparseflow.client.shared_map import SharedMap
+from sparseflow.engine.mapping import Mapping
 from sparseflow.errors import NoAnswer, ProtocolMismatch, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Attach, Detach, ErrorReply, Welcome
 from sparseflow.protocol.packets import receive_packet, send_packet
@@ -52,16 +51,15 @@ class Attachment:
             self.descriptors = dict(zip(self.regions, descriptors, strict=True))
             self.profile = ModelProfile(**answer.profile)
             self.arena = ArenaView(self.mapped("arena", changes=True), self.mapped("table", changes=True), self.profile)
-            counters = mmap.mmap(self.descriptors["counters"], self.regions["counters"]["nbytes"])
-            self.counters = SessionCounters(counters)
+            counters = Mapping(self.descriptors["counters"], self.regions["counters"]["nbytes"], writable=True)
+            self.counters = SessionCounters(counters.content)
+            self.sock.settimeout(None)  # from now on it is only looked at, without waiting
         except NoAnswer as error:
             self._let_go()
             raise NoAnswer(f"server {name!r} did not open a session: {error}") from error
         except BaseException:
             self._let_go()
             raise
-        self._ended = select.poll()
-        self._ended.register(self.sock.fileno(), select.POLLIN)
 
     def _connect(self, timeout_s: float) -> None:
         path = str(self.directory.attach_socket)
@@ -82,8 +80,13 @@ class Attachment:
 
     def has_ended(self) -> bool:
         """Whether the server has ended the session, or itself."""
-        if not self.is_over and self._ended.poll(0):
-            self.is_over = True
+        if not self.is_over:
+            try:
+                self.is_over = not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass  # it says nothing, as it should
+            except OSError:
+                self.is_over = True
         return self.is_over
 
     def close_descriptors(self) -> None:

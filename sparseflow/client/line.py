@@ -97,6 +97,11 @@ class Line:
         """Close the connection. May be called twice."""
         self._socket.close()
 
+    def __del__(self) -> None:
+        """Its thread has ended."""
+        if hasattr(self, "_socket"):
+            self._socket.close()
+
     def _send(self, message: Message) -> None:
         content = encode(message)
         if len(content) > PACKET_NBYTES:

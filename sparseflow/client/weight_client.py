@@ -70,7 +70,7 @@ class WeightClient:
         self._lock = threading.RLock()
         self._request_ids = itertools.count(1)
         self._own = threading.local()
-        self._lines: list[Line] = []
+        self._lines: weakref.WeakSet[Line] = weakref.WeakSet()  # each is kept by its thread
         self._is_closed = self._is_forked = False
         self._earlier = FetchCounts()  # what earlier servers told, and the time waited for any
         self._looked_s = 0.0
@@ -143,15 +143,15 @@ class WeightClient:
     def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
         """As `WeightSource.fetch`."""
         self._require_own()
+        if layer == 0 and self.attachment.welcome.is_resident and self.attachment.has_ended():
+            self._look_for_successor()
         if self.attachment.welcome.is_resident:
-            if layer == 0 and self.attachment.has_ended():
-                self._look_for_successor()
             return MappedFetch(HostBundles(self.attachment.arena.layer(layer), ids))
         return ServedFetch(self, layer, ids)
 
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""
-        lines = [line for line in self._lines if line.attachment is self.attachment]
+        lines = [line for line in list(self._lines) if line.attachment is self.attachment]
         told = max((line.counts for line in lines), key=sum, default=[])
         n_messages = sum(line.n_messages for line in lines)
         return self._earlier + FetchCounts(**dict(zip(TOLD_COUNTS, told, strict=False)), messages=n_messages)
@@ -189,7 +189,7 @@ class WeightClient:
             self._is_closed = True
             if self._is_forked:
                 return
-            for line in self._lines:
+            for line in list(self._lines):
                 line.close()
             self._lines.clear()
             self.attachment.close()
@@ -222,9 +222,9 @@ class WeightClient:
                 self._require_own()
                 if line is not None:
                     line.close()
-                    self._lines.remove(line)
+                    self._lines.discard(line)
                 line = self._own.line = Line(self.attachment, self._request_ids)
-                self._lines.append(line)
+                self._lines.add(line)
         return line
 
     def _require_own(self) -> None:

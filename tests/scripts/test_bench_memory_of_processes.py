@@ -107,13 +107,13 @@ def test_table_has_a_line_for_the_server_and_remarks_say_what_is_missing() -> No
     assert " 1.50 " in shared
     assert server.startswith("  of that the server")
     assert dense.startswith("2 transformers float16  ")
-    remarks = list(memory_of_processes.remarks([measured(same_ids=False)]))
+    remarks = list(memory_of_processes.remarks([measured(same_ids=False, shared_memory_held=160 + 3 * MIB)]))
     assert [remark.split(": ")[1].split(" (")[0] for remark in remarks] == [
         "processes outside map the same files",
-        "0.04KiB of shared memory is mapped by nobody, so not in the Pss",
+        "3MiB of shared memory is mapped by nobody, so not in the Pss",
         "its processes decoded different tokens",
     ]
-    nothing = measured(n_outsiders=0, shared_memory_held=160)
+    nothing = measured(n_outsiders=0, shared_memory_held=1000)
     assert not list(memory_of_processes.remarks([nothing]))
 
 
