@@ -162,7 +162,6 @@ def test_a_model_without_tokenizer_says_what_to_do(family_checkpoint: Callable[.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: store"),
         (["store", "--max-new-tokens", "0"], "0 is out of range: give a number at least 1"),
         (["store", "--threads", "0"], "at least 1"),
         (["store", "--top-p", "7"], "between 0 and 1"),
@@ -175,6 +174,27 @@ def test_wrong_usage_is_exit_code_2_and_says_what_is_right(arguments: list[str],
         main(["generate", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "name either a STORE or a --server"),
+        (["store", "--server", "name"], 2, "name either a STORE or a --server"),
+        (["--server", "name", "--memory", "6GiB"], 2, "--memory 6GiB: the server decides that"),
+        (["--server", "nobody-has-this-name"], 3, "no server 'nobody-has-this-name' runs here"),
+    ],
+)
+def test_generate_takes_a_store_or_a_server_that_runs(
+    arguments: list[str], code: int, message: str, capsys: Capture
+) -> None:
+    assert message in failed(["generate", *arguments], code, capsys)
+
+
+def test_status_of_a_server_that_does_not_run_is_exit_code_3(capsys: Capture) -> None:
+    assert "no server 'nobody-has-this-name' runs here" in failed(
+        ["status", "--server", "nobody-has-this-name"], 3, capsys
+    )
 
 
 def test_an_unknown_log_level_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
