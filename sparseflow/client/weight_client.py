@@ -282,9 +282,12 @@ class WeightClient:
                 shared.replace(found.descriptors[name])
             self._earlier = self.counts()
             self.attachment = found
-        finally:
-            found.close_descriptors()
+        except BaseException:
+            found.close()
+            raise
+        found.close_descriptors()
         found.counters.add_tokens(lost.counters.tokens)
+        lost.close()
 
     def _after_fork(self) -> None:
         """In the child: the session stays the parent's alone."""
