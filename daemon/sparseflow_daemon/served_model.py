@@ -113,6 +113,7 @@ class ServedModel:
         entries = [self.manifest.files[name] for name in names]
         starts = np.cumsum([0, *(math.ceil(entry.nbytes / _PAGE) * _PAGE for entry in entries)]).tolist()
         memory = self.regions[region] = SharedMemory(region, starts[-1])
+        memory.begin(memory.nbytes)
         for name, entry, start in zip(names, entries, starts[:-1], strict=True):
             read_into(memory.bytes[start : start + entry.nbytes], self.store / name, entry)
         self.parts[region] = {

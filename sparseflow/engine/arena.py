@@ -30,6 +30,11 @@ class Arena:
             ) from error
         self.slots: NDArray[np.uint8] = content.reshape(n_slots, slot_nbytes)
 
+    def begin(self, slots: NDArray[np.integer]) -> None:
+        """Before slots are filled, which are given out from the first on."""
+        if self.memory is not None and len(slots):
+            self.memory.begin((int(slots.max()) + 1) * self.slots.strides[0])
+
     def close(self) -> None:
         """Close the descriptor of a shared arena. May be called twice."""
         if self.memory is not None:

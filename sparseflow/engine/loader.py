@@ -94,6 +94,7 @@ class Loader:
     def begin(self, load: Load) -> None:
         """Begin to read, or line up behind what cannot begin yet."""
         plan, nbytes = self.reads_of(load.ids), self._shards.bundle_nbytes
+        self._arena.begin(load.slots)
         rows = np.zeros(len(plan), READ)
         rows["opcode"], rows["fd"] = READ_VECTOR, self._shards.fds[load.layer]
         rows["offset"] = self._shards.start + load.ids[plan.first[:-1]].astype(np.int64) * nbytes

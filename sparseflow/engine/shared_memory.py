@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sparseflow.engine.mapping import Mapping
+from sparseflow.engine.mapping import HUGE_NBYTES, Mapping
 from sparseflow.errors import DiskError, NotEnoughMemory, ShardCorrupt
 from sparseflow.store.shard_format import FileEntry
 
@@ -41,7 +41,7 @@ class SharedMemory:
         try:
             fd = os.memfd_create(f"sparseflow-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, max(nbytes, 1))
-            mapping = Mapping(fd, nbytes, writable=True)
+            self._mapping = Mapping(fd, nbytes, writable=True)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (0 if others_may_write else _F_SEAL_FUTURE_WRITE)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
@@ -52,9 +52,16 @@ class SharedMemory:
                 f"{nbytes} bytes of shared memory: {error.strerror}; give less memory, or raise the limits of this user"
             ) from error
         self.fd = fd
-        self.bytes: NDArray[np.uint8] = np.frombuffer(mapping.content, np.uint8, nbytes)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._mapping.content, np.uint8, nbytes)
         """(nbytes,) uint8."""
+        self._begun_nbytes = 0
         self._close: Callable[[], Any] = weakref.finalize(self, os.close, fd)
+
+    def begin(self, nbytes: int) -> None:
+        """Before the first of so many bytes, from the start, are filled: take huge pages for them."""
+        if nbytes > self._begun_nbytes:
+            first, self._begun_nbytes = self._begun_nbytes, -(-nbytes // HUGE_NBYTES) * HUGE_NBYTES
+            self._mapping.use_huge_pages(first, self._begun_nbytes)
 
     def close(self) -> None:
         """Close the descriptor. The memory is returned once nobody, here or elsewhere, maps it. May be called twice."""
