@@ -94,18 +94,18 @@ class LeastRecentlyUsed:
 
     def __init__(self, n_layers: int, n_slots: int) -> None:
         self._lanes = _Lanes(n_layers, n_slots)
-        self._turn = np.zeros(n_layers, np.int64)
+        self._turn = [0] * n_layers
         self._current = n_layers - 1
 
     def filled(self, layer: int, slots: Slots) -> None:
         """As `Eviction.filled`: as young as what is used this turn."""
-        self._lanes.append(layer, int(self._turn[layer]), slots)
+        self._lanes.append(layer, self._turn[layer], slots)
 
     def used(self, layer: int, slots: Slots) -> None:
         """As `Eviction.used`."""
         self._turn[layer] += 1
         self._current = layer
-        self._lanes.append(layer, int(self._turn[layer]), slots)
+        self._lanes.append(layer, self._turn[layer], slots)
 
     def freed(self, slots: Slots) -> None:
         """As `Eviction.freed`."""
@@ -113,31 +113,30 @@ class LeastRecentlyUsed:
 
     def victims(self, n: int, may_go: NDArray[np.bool_]) -> Slots:
         """As `Eviction.victims`."""
-        n_layers = len(self._turn)
-        until_next = (np.arange(n_layers) - self._current - 1) % n_layers  # turns of other layers before this one's
         skipped: list[tuple[int, _Group]] = []
         found: list[Slots] = []
         missing = n
         lanes = self._lanes.lanes
-        first_turn = np.array([lane[0].turn if lane else _NO_GROUP for lane in lanes], np.int64)
-        while missing > 0:
-            age = np.where(first_turn == _NO_GROUP, -1, self._turn - first_turn)
-            layer = int(np.argmax(age * n_layers + until_next))
-            if age[layer] < 0:
-                break
+        ages = [self._age(layer) for layer in range(len(lanes))]
+        while missing > 0 and (oldest := max(ages)) >= 0:
+            layer = ages.index(oldest)
             stamp = lanes[layer][0].stamp
             taken = self._lanes.take(layer, missing, may_go)
             found.append(taken)
             missing -= len(taken)
             if missing and lanes[layer] and lanes[layer][0].stamp == stamp:  # what is left of it may not go
                 skipped.append((layer, lanes[layer].popleft()))
-            first_turn[layer] = lanes[layer][0].turn if lanes[layer] else _NO_GROUP
+            ages[layer] = self._age(layer)
         for layer, group in reversed(skipped):
             lanes[layer].appendleft(group)
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
-
-_NO_GROUP = np.iinfo(np.int64).max
+    def _age(self, layer: int) -> int:
+        """Of a layer's first group, so that no two layers' are equal: turns, then how far off the next is. -1: none."""
+        lane, n_layers = self._lanes.lanes[layer], len(self._turn)
+        if not lane:
+            return -1
+        return (self._turn[layer] - lane[0].turn) * n_layers + (layer - self._current - 1) % n_layers
 
 
 class FirstInFirstOut:

@@ -128,8 +128,9 @@ class Loader:
         events: list[Loaded | Failed] = []
         finished = self._queue.take()
         tokens = finished.tokens.astype(np.int64)
-        for number in np.unique(tokens >> 32).tolist():
-            is_its = tokens >> 32 == number
+        numbers = tokens >> 32
+        for number in sorted(set(numbers.tolist())):
+            is_its = numbers == number
             events += self._end(number, tokens[is_its] & 0xFFFFFFFF, finished.results[is_its])
         self._begin_more()
         return events
@@ -183,10 +184,10 @@ class Loader:
             self._free_cells += batch.cells[reads].tolist()
         is_right = has_come.copy()
         is_right[has_come] = self._shards.are_intact(load.layer, ids[has_come], self._arena.slots, slots[has_come])
-        result_of = np.repeat(results, last - first)
         events: list[Loaded | Failed] = [Loaded(slots[is_right])]
-        for n in np.flatnonzero(~is_right).tolist():
-            error = self._why_wrong(load.layer, int(ids[n]), int(result_of[n]), bool(has_come[n]))
+        for n in (~is_right).nonzero()[0].tolist():
+            result = int(np.repeat(results, last - first)[n])
+            error = self._why_wrong(load.layer, int(ids[n]), result, bool(has_come[n]))
             events.append(Failed(slots[n : n + 1], error))
         batch.n_ended += len(reads)
         if batch.n_ended == len(batch.rows):
@@ -227,4 +228,6 @@ def _page_aligned(n: int, nbytes: int) -> NDArray[np.uint8]:
 def _ranges(first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.int64]:
     """first[0] .. last[0] - 1, first[1] .. last[1] - 1, and so on, in one array."""
     n = last - first
-    return np.repeat(first - np.concatenate(([0], np.cumsum(n)[:-1])), n) + np.arange(n.sum()) if len(n) else n
+    if (n == 1).all():
+        return first
+    return np.repeat(first - np.concatenate(([0], np.cumsum(n)[:-1])), n) + np.arange(n.sum())

@@ -30,15 +30,16 @@ def group(ids: NDArray[np.uint32], bundle_nbytes: int, gap_nbytes: int, longest_
         gap_nbytes: the longest gap worth reading along.
         longest_nbytes: of a read; at least one bundle is read.
     """
-    at = ids.astype(np.int64)
-    apart = np.diff(at) - 1  # bundles between neighbours
+    is_start = np.ones(len(ids) + 1, bool)  # and the end
+    is_start[1:-1] = ids[1:] - ids[:-1] > gap_nbytes // bundle_nbytes + 1
+    first = is_start.nonzero()[0]
     longest = max(1, min(longest_nbytes // bundle_nbytes, MOST_IOVECS // 2))  # bundles
-    is_start = np.ones(len(at), bool)
-    is_start[1:] = apart * bundle_nbytes > gap_nbytes
-    run_start = np.maximum.accumulate(np.where(is_start, np.arange(len(at)), 0))
-    part = (at - at[run_start]) // longest
-    is_start[1:] |= np.diff(part) != 0
-    return Reads(np.append(np.flatnonzero(is_start), len(at)))
+    if len(ids) and (ids[first[1:] - 1] - ids[first[:-1]] >= longest).any():
+        run_start = np.repeat(ids[first[:-1]], first[1:] - first[:-1])
+        part = (ids - run_start) // longest
+        is_start[1:-1] |= part[1:] != part[:-1]
+        first = is_start.nonzero()[0]
+    return Reads(first if len(ids) else first[:1])
 
 
 class Vectors(NamedTuple):
@@ -58,14 +59,19 @@ def scatter(
         scrap: address of memory at least as long as the longest gap.
     """
     n = len(ids)
-    gap = np.zeros(n, np.int64)  # bytes before each bundle that belong to its read
-    gap[1:] = (np.diff(ids.astype(np.int64)) - 1) * bundle_nbytes
+    gap = np.zeros(n, np.int64)  # bundles before each one that its read brings along
+    gap[1:] = ids[1:] - ids[:-1] - 1
     gap[reads.first[:-1]] = 0
     has_gap = gap > 0
+    if not has_gap.any():
+        iovecs = np.empty(n, IOVEC)
+        iovecs["address"] = addresses
+        iovecs["nbytes"] = bundle_nbytes
+        return Vectors(iovecs, reads.first)
     place = np.arange(n) + np.cumsum(has_gap)  # of each bundle among the iovecs; its gap comes right before it
     iovecs = np.empty(n + np.count_nonzero(has_gap), IOVEC)
     iovecs["address"][place] = addresses
     iovecs["nbytes"][place] = bundle_nbytes
     iovecs["address"][place[has_gap] - 1] = scrap
-    iovecs["nbytes"][place[has_gap] - 1] = gap[has_gap]
+    iovecs["nbytes"][place[has_gap] - 1] = gap[has_gap] * bundle_nbytes
     return Vectors(iovecs, np.append(place[reads.first[:-1]], len(iovecs)))

@@ -166,9 +166,11 @@ class AioQueue:
 
     def take(self) -> Finished:
         """As `ReadQueue.take`: what lies in the buffer that the kernel fills. No token is 0."""
-        ended = self._events[self._events["token"] != 0]
-        self._events["token"] = 0
-        return Finished(ended["token"].copy(), ended["result"].copy())
+        tokens, results = self._events["token"], self._events["result"]
+        places = tokens.nonzero()[0]
+        finished = Finished(tokens[places], results[places])
+        tokens[places] = 0
+        return finished
 
     def close(self) -> None:
         """As `ReadQueue.close`."""

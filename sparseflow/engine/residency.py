@@ -136,6 +136,7 @@ class Residency:
         self._id_in = np.zeros(n_slots, np.int32)
         self._is_loading = np.zeros(n_slots, bool)
         self._n_leases = np.zeros(n_slots, np.int32)
+        self._may_go = np.zeros(n_slots, bool)  # filled, and not leased
         self._is_hinted = np.zeros(n_slots, bool)  # loaded for a hint, and no fetch has asked for it yet
         self.layer_hits = np.zeros(n_layers, np.int64)
         self.layer_misses = np.zeros(n_layers, np.int64)
@@ -206,22 +207,23 @@ class Residency:
             n_missing = int(np.count_nonzero(is_missing))
             hits = slots[~is_missing]
             self._n_leases[hits] += 1
-            if n_missing > self._n_free and n_missing > self._n_free + self._n_evictable():
-                self._n_leases[hits] -= 1
+            self._may_go[hits] = False
+            if n_missing > self._n_free + self._n_evictable:
+                self._end_lease(hits)
                 break
             self._waiting.popleft()
             self._eviction.used(fetch.layer, hits)
             self._count_hints(hits)
             if n_missing:
                 missing = fetch.ids[is_missing]
-                slots[is_missing] = self._place(fetch.layer, missing)
-                self._n_leases[slots[is_missing]] += 1
-                instructions.append(Load(fetch.layer, missing, slots[is_missing], is_hint=False))
+                slots[is_missing] = placed = self._place(fetch.layer, missing)
+                self._n_leases[placed] += 1
+                instructions.append(Load(fetch.layer, missing, placed, is_hint=False))
             self.counts.hits += len(hits)
             self.counts.misses += n_missing
             self.layer_hits[fetch.layer] += len(hits)
             self.layer_misses[fetch.layer] += n_missing
-            is_ready = not self._is_loading[slots].any()
+            is_ready = not n_missing and not self._is_loading[slots].any()
             self._leases[fetch.fetch] = _Lease(slots, is_ready, n_missing)
             if is_ready:
                 instructions.append(Ready(fetch.fetch, slots))
@@ -231,8 +233,7 @@ class Residency:
         missing = hint.ids[~self.resident(hint.layer, hint.ids)]
         if self._waiting or not len(missing):  # a fetch that lacks slots comes first
             return []
-        room = self._n_free if len(missing) <= self._n_free else self._n_free + self._n_evictable()
-        missing = missing[:room]
+        missing = missing[: self._n_free + self._n_evictable]
         if not len(missing):
             return []
         self.counts.hinted += len(missing)
@@ -245,11 +246,17 @@ class Residency:
         if lease is None:
             self._waiting = deque(fetch for fetch in self._waiting if fetch.fetch != event.fetch)
         else:
-            self._n_leases[lease.slots] -= 1
+            self._end_lease(lease.slots)
         return self._grant()
+
+    def _end_lease(self, slots: NDArray[np.int64]) -> None:
+        n_leases = self._n_leases[slots] - 1
+        self._n_leases[slots] = n_leases
+        self._may_go[slots] = (n_leases == 0) & ~self._is_loading[slots]
 
     def _on_loaded(self, event: Loaded) -> list[Instruction]:
         self._is_loading[event.slots] = False
+        self._may_go[event.slots] = self._n_leases[event.slots] == 0
         self._turn_of[event.slots] += 1
         ready: list[Instruction] = []
         for fetch, lease in self._leases.items():
@@ -263,7 +270,7 @@ class Residency:
         has_failed[event.slots] = True
         hurt = [fetch for fetch, lease in self._leases.items() if has_failed[lease.slots].any()]
         for fetch in hurt:
-            self._n_leases[self._leases.pop(fetch).slots] -= 1
+            self._end_lease(self._leases.pop(fetch).slots)
         self._is_loading[event.slots] = False
         self._slot_of[self._layer_in[event.slots], self._id_in[event.slots]] = ABSENT
         self._turn_of[event.slots] += 1
@@ -289,10 +296,11 @@ class Residency:
         return slots
 
     def _evict(self, n: int) -> None:
-        victims = self._eviction.victims(n, self._may_go())
+        victims = self._eviction.victims(n, self._may_go)
         assert len(victims) == n, f"{len(victims)} of {n} slots could be evicted"
         self._slot_of[self._layer_in[victims], self._id_in[victims]] = ABSENT
         self._layer_in[victims] = ABSENT
+        self._may_go[victims] = False
         self._forget_hints(victims)
         self._push_free(victims)
         self.counts.evictions += n
@@ -313,8 +321,6 @@ class Residency:
         self._free[self._n_free : self._n_free + len(slots)] = slots
         self._n_free += len(slots)
 
-    def _may_go(self) -> NDArray[np.bool_]:
-        return np.asarray((self._n_leases == 0) & ~self._is_loading & (self._layer_in != ABSENT))
-
+    @property
     def _n_evictable(self) -> int:
-        return int(np.count_nonzero(self._may_go()))
+        return int(np.count_nonzero(self._may_go))

@@ -81,7 +81,7 @@ class ShardFiles:
         self, layer: int, ids: NDArray[np.uint32], memory: NDArray[np.uint8], slots: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Whether each bundle's bytes have its checksum, (n,) bool. memory: (n_slots, bundle_nbytes) uint8."""
-        found = bundle_checksums(memory[slot] for slot in slots.tolist())
+        found = bundle_checksums(map(memory.__getitem__, slots.tolist()))
         return np.asarray(found == self.checksums[layer, ids])
 
     def drop_cached_pages(self) -> None:

@@ -210,8 +210,7 @@ def hash_file(path: Path) -> FileEntry:
 
 def bundle_checksums(bundles: Iterable[Any]) -> NDArray[np.uint64]:
     """xxh3-64 of each bundle. bundles: n times (bundle_nbytes,) uint8. Returns (n,) uint64."""
-    digest = xxhash.xxh3_64_intdigest
-    return np.fromiter((digest(bundle) for bundle in bundles), np.uint64)
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, bundles), np.uint64)
 
 
 def read_checksum_table(path: Path) -> NDArray[np.uint64]:
