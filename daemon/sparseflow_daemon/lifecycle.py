@@ -29,7 +29,7 @@ class Lifecycle:
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        server.watch(self._woken.fileno(), self._clear)
+        server.loop.watch(self._woken.fileno(), self._clear)
         server.on_tick = self._tick
         self._told_ready = False
         self._is_watched = "WATCHDOG_USEC" in os.environ

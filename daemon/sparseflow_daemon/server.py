@@ -6,7 +6,6 @@ Loading models is left to a thread, so that status is answered from the first mo
 import logging
 import os
 import secrets
-import select
 import socket
 import threading
 import time
@@ -18,24 +17,23 @@ import zmq
 from sparseflow.errors import BadRequest, Draining, NoAnswer, NotPermitted, Resync, ServerError, SparseFlowError
 from sparseflow.protocol.codec import MOST_NBYTES, Undecodable, decode, encode
 from sparseflow.protocol.messages import (
-    AcquireNeurons,
     Attach,
     Detach,
     Detached,
     ErrorReply,
-    HintNeurons,
     Join,
     Message,
-    ReleaseLeases,
     StatusReply,
     StatusRequest,
 )
-from sparseflow.protocol.packets import PACKET_NBYTES, receive_packet, send_packet
+from sparseflow.protocol.packets import receive_packet, send_packet
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow_daemon import status
 from sparseflow_daemon.admission import Greeting, greet, model_for, open_session
 from sparseflow_daemon.config import ServerConfig
-from sparseflow_daemon.leasing import Leasing, Outgoing
+from sparseflow_daemon.leasing import Leasing
+from sparseflow_daemon.lines import Lines
+from sparseflow_daemon.loop import Loop
 from sparseflow_daemon.served_model import ServedModel
 from sparseflow_daemon.sessions import Session
 
@@ -43,7 +41,6 @@ _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _WAITING_TICK_S = 0.05  # while some request waits for something that has a deadline
 _MOST_AT_ONCE = 64  # messages between two looks at everything else
-_MOST_LINES = 64  # of one session: threads that fetch
 _BACKLOG = 64
 _LOADER_TIMEOUT_S = 30.0
 
@@ -58,9 +55,9 @@ class Server:
         self.began_s = time.time()
         self.sessions: dict[bytes, Session] = {}
         self.leasings: dict[str, Leasing] = {}
-        self._lines: dict[bytes, socket.socket] = {}
-        self.is_draining = False
-        self.n_loop_errors = 0
+        self.loop = Loop()
+        self._lines = Lines(self.loop, self.leasings, self.epoch)
+        self._n_errors = 0
         self.last_tick_s = time.monotonic()
         self.loader = threading.Thread(target=self._load, name="loader", daemon=True)
         self.on_tick: Callable[[], None] = lambda: None
@@ -68,8 +65,6 @@ class Server:
         self._greetings: set[Greeting] = set()
         self._drained_by_s = float("inf")
         self._next_look_s = 0.0
-        self._handlers: dict[int, Callable[[], None]] = {}
-        self._epoll = select.epoll()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self._listener.bind(str(directory.attach_socket))
         self._listener.listen(_BACKLOG)
@@ -78,12 +73,10 @@ class Server:
         for option, value in ((zmq.LINGER, 0), (zmq.ROUTER_MANDATORY, 1), (zmq.MAXMSGSIZE, MOST_NBYTES)):
             self._router.setsockopt(option, value)
         self._router.bind(directory.ctl_endpoint)
-        self._poller = zmq.Poller()
-        self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._epoll.fileno(), zmq.POLLIN)
         self._loaded_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self.watch(self._loaded_fd, self._on_loaded)
-        self.watch(self._listener.fileno(), self._accept)
+        self.loop.watch(self._loaded_fd, self._on_loaded)
+        self.loop.watch(self._listener.fileno(), self._accept)
+        self.loop.watch(self._router.fileno(), self._answer_questions)
 
     @property
     def state(self) -> str:
@@ -94,20 +87,20 @@ class Server:
             return "loading"
         return "degraded" if status.reasons(self) else "ready"
 
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """Call a handler whenever a descriptor is readable."""
-        self._handlers[fd] = handler
-        self._epoll.register(fd, select.EPOLLIN)
+    @property
+    def is_draining(self) -> bool:
+        """It begins nothing new."""
+        return self._lines.is_draining
 
-    def unwatch(self, fd: int) -> None:
-        """No more."""
-        if self._handlers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+    @property
+    def n_errors(self) -> int:
+        """Unforeseen ones, that ended no more than what was being done."""
+        return self._n_errors + self._lines.n_errors
 
     def stop(self) -> None:
         """Begin nothing new; end as soon as no lease is held, or when the time for that is over."""
         if not self.is_draining:
-            self.is_draining = True
+            self._lines.is_draining = True
             self._drained_by_s = time.monotonic() + self.config.drain_timeout_s
             _log.info("draining: %d sessions", len(self.sessions))
 
@@ -123,7 +116,7 @@ class Server:
                     next_tick_s = now + _TICK_S
                     self._tick(now)
             except Exception:  # one bad peer must not end the service of all; what it was is in status and log
-                self.n_loop_errors += 1
+                self._n_errors += 1
                 _log.exception("unforeseen; going on")
 
     def close(self) -> None:
@@ -134,7 +127,7 @@ class Server:
             self._dismiss(greeting)
         self._listener.close()
         self._context.destroy(linger=0)
-        self._epoll.close()
+        self.loop.close()
         self.loader.join(_LOADER_TIMEOUT_S)
         os.close(self._loaded_fd)
         for model in self.models.values():
@@ -146,20 +139,17 @@ class Server:
         """Wait for something, and handle what there is."""
         is_waiting = any(session.waiting or session.leases for session in self.sessions.values())
         timeout_s = _WAITING_TICK_S if is_waiting or self.is_draining else _TICK_S
-        ready = dict(self._poller.poll(int(1000 * timeout_s)))
-        if self._epoll.fileno() in ready:
-            for fd, handler in [(fd, self._handlers.get(fd)) for fd, _ in self._epoll.poll(0)]:
-                if handler is not None and self._handlers.get(fd) is handler:  # not closed by one before it
-                    handler()
-        if self._router in ready:
-            self._answer_questions()
+        self.loop.turn(timeout_s)
         if is_waiting and time.monotonic() >= self._next_look_s:  # for deadlines
             self._next_look_s = time.monotonic() + _WAITING_TICK_S
             for name in self.leasings:
                 self._progress(name)
 
     def _answer_questions(self) -> None:
-        """Whoever asks on `ctl.sock` is answered, whatever is wrong with the question."""
+        """Whoever asks on `ctl.sock` is answered, whatever is wrong with the question.
+
+        ZeroMQ's descriptor tells of news only: once it was readable, all there is must be taken.
+        """
         for _ in range(_MOST_AT_ONCE):
             try:
                 peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
@@ -173,6 +163,7 @@ class Server:
                 answer = self._error(0, error)
             with suppress(zmq.ZMQError):  # it is gone, or reads nothing
                 self._router.send_multipart([peer, encode(answer)], zmq.NOBLOCK)
+        self.loop.call_again(self._router.fileno())
 
     def _answer(self, frames: list[bytes]) -> Message:
         if len(frames) != 1:
@@ -182,92 +173,6 @@ class Server:
             text = f"{type(message).__name__} is not taken on this socket; it answers StatusRequest"
             return self._error(getattr(message, "request_id", 0), BadRequest(text))
         return StatusReply(message.request_id, self.epoch, status.content(self))
-
-    # --- lines
-
-    def _join(self, greeting: Greeting, join: Join) -> None:
-        """Make a connection a line of its session.
-
-        Raises:
-            Resync: there is no such session. BadRequest: it has lines enough.
-        """
-        session = self.sessions.get(join.session)
-        if session is None or session.is_quarantined or join.epoch != self.epoch:
-            raise Resync(f"no such session in epoch {self.epoch}; attach again")
-        if len(session.lines) >= _MOST_LINES:
-            raise BadRequest(f"{len(session.lines)} lines of this session are open; close some, or use fewer threads")
-        key = secrets.token_bytes(8)
-        session.lines.add(key)
-        self._lines[key] = greeting.sock
-        self._greetings.discard(greeting)
-        self._handlers[greeting.sock.fileno()] = lambda: self._on_line(session, key)
-
-    def _on_line(self, session: Session, key: bytes) -> None:
-        """Serve what a line asks."""
-        for _ in range(_MOST_AT_ONCE):
-            try:
-                content = self._lines[key].recv(PACKET_NBYTES)
-            except (BlockingIOError, KeyError):  # nothing more; or it was hung up on
-                break
-            except OSError:
-                content = b""
-            if not content:
-                self._hang_up(session, key)
-                break
-            self._send(self._answers(session, key, content))
-
-    def _answers(self, session: Session, key: bytes, content: bytes) -> list[Outgoing]:
-        """Replies to one packet; exactly one to a request, whatever is wrong with it."""
-        request_id, message = 0, None
-        try:
-            message = decode(content)
-            request_id = getattr(message, "request_id", 0)
-            return self._handle(session, key, message)
-        except SparseFlowError as error:
-            if not isinstance(error, Resync):
-                session.last_error = str(error)
-            if isinstance(message, HintNeurons | ReleaseLeases):  # notices have no reply
-                return []
-            return [(key, self._error(getattr(error, "request_id", request_id), error))]
-        except Exception as error:
-            self.n_loop_errors += 1
-            _log.exception("request %d", request_id)
-            return [(key, self._error(request_id, ServerError(f"internal: {error!r}; see the server's log")))]
-
-    def _handle(self, session: Session, key: bytes, message: Message) -> list[Outgoing]:
-        if getattr(message, "epoch", self.epoch) != self.epoch:
-            raise Resync(f"this is epoch {self.epoch}; attach again")
-        leasing = self.leasings[session.model.name]
-        match message:
-            case AcquireNeurons():
-                if self.is_draining:
-                    leasing.release(session, message.released)
-                    raise Draining("the server is ending; attach to its successor")
-                return leasing.acquire(session, key, message)
-            case HintNeurons():
-                leasing.hint(session, message)
-                return []
-            case ReleaseLeases():
-                return leasing.release(session, message.released)
-        raise BadRequest(f"{type(message).__name__} is not taken on a line")
-
-    def _send(self, out: list[Outgoing]) -> None:
-        for key, message in out:
-            sock = self._lines.get(key)
-            if sock is None:
-                continue
-            try:
-                sock.send(encode(message))
-            except OSError as error:  # it is gone; or does not read its answers, and will see that it missed some
-                _log.debug("%s was not delivered: %s", type(message).__name__, error)
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-
-    def _hang_up(self, session: Session, key: bytes) -> None:
-        sock = self._lines.pop(key)
-        session.lines.discard(key)
-        self.unwatch(sock.fileno())
-        sock.close()
 
     def _error(self, request_id: int, error: SparseFlowError) -> ErrorReply:
         return ErrorReply(request_id, self.epoch, error.wire_code, str(error))
@@ -298,7 +203,7 @@ class Server:
     def _begin_serving(self, model: ServedModel) -> None:
         if model.state == "ready" and model.name not in self.leasings:
             self.leasings[model.name] = Leasing(model, self.epoch)
-            self.watch(model.event_fd, lambda: self._on_reads(model))
+            self.loop.watch(model.event_fd, lambda: self._on_reads(model))
 
     def _on_reads(self, model: ServedModel) -> None:
         model.clear_event()
@@ -306,7 +211,7 @@ class Server:
 
     def _progress(self, name: str) -> None:
         of_model = [session for session in self.sessions.values() if session.model.name == name]
-        self._send(self.leasings[name].progress(of_model))
+        self._lines.send(self.leasings[name].progress(of_model))
 
     # --- sessions
 
@@ -323,7 +228,7 @@ class Server:
             self._refuse(sock, error)
             return
         self._greetings.add(greeting)
-        self.watch(sock.fileno(), lambda: self._on_greeting(greeting))
+        self.loop.watch(sock.fileno(), lambda: self._on_greeting(greeting))
 
     def _on_greeting(self, greeting: Greeting) -> None:
         try:
@@ -340,6 +245,18 @@ class Server:
             self._dismiss(greeting)
         except SparseFlowError as error:
             self._turn_away(greeting, error)
+
+    def _join(self, greeting: Greeting, join: Join) -> None:
+        """Make a connection a line of its session.
+
+        Raises:
+            Resync: there is no such session. BadRequest: it has lines enough.
+        """
+        session = self.sessions.get(join.session)
+        if session is None or session.is_quarantined or join.epoch != self.epoch:
+            raise Resync(f"no such session in epoch {self.epoch}; attach again")
+        self._lines.add(session, greeting.sock)
+        self._greetings.discard(greeting)
 
     def _welcome_those_who_wait(self) -> None:
         for model in self.models.values():
@@ -369,9 +286,9 @@ class Server:
             return
         self._greetings.discard(greeting)
         self.sessions[session.token] = session
-        self.unwatch(session.sock.fileno())
-        self.watch(session.sock.fileno(), lambda: self._on_session(session))
-        self.watch(session.pidfd, lambda: self._end(session))
+        self.loop.unwatch(session.sock.fileno())
+        self.loop.watch(session.sock.fileno(), lambda: self._on_session(session))
+        self.loop.watch(session.pidfd, lambda: self._end(session))
         _log.info("session of pid %d on %s", session.pid, model.name)
 
     def _on_session(self, session: Session) -> None:
@@ -389,10 +306,9 @@ class Server:
             self._end(session)
             return
         session.is_quarantined = True
-        for key in list(session.lines):
-            self._hang_up(session, key)
+        self._lines.hang_up(session)
         session.last_error = "the connection ended without goodbye"
-        self.unwatch(session.sock.fileno())
+        self.loop.unwatch(session.sock.fileno())
         session.sock.close()
         _log.warning("pid %d broke its connection; its leases stay until it ends", session.pid)
 
@@ -401,17 +317,16 @@ class Server:
         if self.sessions.pop(session.token, None) is None:
             return
         if session.sock.fileno() >= 0:
-            self.unwatch(session.sock.fileno())
-        self.unwatch(session.pidfd)
-        for key in list(session.lines):
-            self._hang_up(session, key)
+            self.loop.unwatch(session.sock.fileno())
+        self.loop.unwatch(session.pidfd)
+        self._lines.hang_up(session)
         self.leasings[session.model.name].forget(session)
         session.close()
         _log.info("session of pid %d is over", session.pid)
         self._progress(session.model.name)
 
     def _turn_away(self, greeting: Greeting, error: SparseFlowError) -> None:
-        self.unwatch(greeting.sock.fileno())
+        self.loop.unwatch(greeting.sock.fileno())
         self._greetings.discard(greeting)
         self._refuse(greeting.sock, error)
 
@@ -421,7 +336,7 @@ class Server:
         sock.close()
 
     def _dismiss(self, greeting: Greeting) -> None:
-        self.unwatch(greeting.sock.fileno())
+        self.loop.unwatch(greeting.sock.fileno())
         self._greetings.discard(greeting)
         greeting.sock.close()
 

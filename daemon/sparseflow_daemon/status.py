@@ -27,8 +27,8 @@ def reasons(server: "Server") -> list[str]:
     for leasing in server.leasings.values():
         if leasing.last_error is not None:
             found.append(f"{leasing.n_errors} requests failed at the disk, the last: {leasing.last_error}")
-    if server.n_loop_errors:
-        found.append(f"{server.n_loop_errors} unforeseen errors, see the log")
+    if server.n_errors:
+        found.append(f"{server.n_errors} unforeseen errors, see the log")
     for thread in threads(server):
         if not thread["alive"]:
             found.append(f"thread {thread['name']} has died; restart the server")
@@ -79,7 +79,7 @@ def content(server: "Server") -> dict[str, Any]:
 def threads(server: "Server") -> list[dict[str, Any]]:
     """Each thread's health. The loader's end is no death."""
     age_s = time.monotonic() - server.last_tick_s
-    found = [{"name": "loop", "alive": age_s < _STALE_S, "last_tick_age_s": age_s, "errors": server.n_loop_errors}]
+    found = [{"name": "loop", "alive": age_s < _STALE_S, "last_tick_age_s": age_s, "errors": server.n_errors}]
     if server.loader.is_alive():
         found.append({"name": "loader", "alive": True, "last_tick_age_s": None, "errors": 0})
     for model in server.models.values():

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -36,6 +37,11 @@ class Attachment:
         """
         self.directory = RunDirectory.of(name)
         self.is_over = False
+        self.counts: list[int] = []
+        """Of the session, `TOLD_COUNTS`, as its replies told last."""
+        self.n_messages = 0
+        """Sent and received on its lines."""
+        self._counting = threading.Lock()
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.descriptors: dict[str, int] = {}
         try:
@@ -77,6 +83,13 @@ class Attachment:
     def mapped(self, region: str, *, changes: bool = False) -> SharedMap:
         """Memory that was handed over. changes: the server goes on writing to it."""
         return SharedMap(self.descriptors[region], int(self.regions[region]["nbytes"]), changes=changes)
+
+    def note_message(self, counts: list[int] | None = None) -> None:
+        """One more on some line; counts: those of a reply, which may be older than another line's."""
+        with self._counting:
+            self.n_messages += 1
+            if counts is not None and sum(counts) >= sum(self.counts):
+                self.counts = counts
 
     def has_ended(self) -> bool:
         """Whether the server has ended the session, or itself."""

@@ -39,9 +39,6 @@ class Line:
             ServerNotRunning: the server has ended.
         """
         self.attachment = attachment
-        self.n_messages = 0
-        self.counts: list[int] = []
-        """Of the session, as the last reply told."""
         self._epoch = attachment.welcome.epoch
         self._request_ids = request_ids
         self._awaited: set[int] = set()
@@ -115,7 +112,7 @@ class Line:
         except OSError as error:
             self.attachment.is_over = True
             raise ServerNotRunning(f"the server has ended ({error.strerror})") from error
-        self.n_messages += 1
+        self.attachment.note_message()
 
     def _receive(self, deadline_s: float) -> None:
         """Take one reply, and keep it for whoever waits; what nobody waits for any more is dropped."""
@@ -130,17 +127,15 @@ class Line:
         if not content:
             self.attachment.is_over = True
             raise ServerNotRunning("the server has ended the session")
-        self.n_messages += 1
         message = decode(content)
+        self.attachment.note_message(message.counts if isinstance(message, NeuronsReady) else None)
         match message:
             case ErrorReply(request_id=0, code=Resync.wire_code):  # to Join
                 self.attachment.is_over = True
                 raise ServerNotRunning(f"the server has ended the session: {message.text}")
             case ErrorReply(request_id=0):
                 raise of_wire_code(message.code, message.text)
-            case NeuronsReady():
-                self.counts = message.counts
-            case ErrorReply():
+            case NeuronsReady() | ErrorReply():
                 pass
             case _:
                 raise ServerError(f"the server sent {type(message).__name__}, which is no reply")

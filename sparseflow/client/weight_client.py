@@ -72,7 +72,8 @@ class WeightClient:
         self._own = threading.local()
         self._lines: weakref.WeakSet[Line] = weakref.WeakSet()  # each is kept by its thread
         self._is_closed = self._is_forked = False
-        self._earlier = FetchCounts()  # what earlier servers told, and the time waited for any
+        self._earlier = FetchCounts()  # of earlier sessions
+        self._wait_s = 0.0
         self._looked_s = 0.0
         self.attachment = Attachment(name, model or "", dict(expected or {}), load_timeout_s)
         self.model = self.attachment.welcome.model
@@ -151,10 +152,9 @@ class WeightClient:
 
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""
-        lines = [line for line in list(self._lines) if line.attachment is self.attachment]
-        told = max((line.counts for line in lines), key=sum, default=[])
-        n_messages = sum(line.n_messages for line in lines)
-        return self._earlier + FetchCounts(**dict(zip(TOLD_COUNTS, told, strict=False)), messages=n_messages)
+        attachment = self.attachment
+        told = dict(zip(TOLD_COUNTS, attachment.counts, strict=False))
+        return self._earlier + FetchCounts(**told, wait_s=self._wait_s, messages=attachment.n_messages)
 
     def note_tokens(self, n: int) -> None:
         """As `WeightSource.note_tokens`: `sparseflow status` shows them."""
@@ -280,7 +280,7 @@ class WeightClient:
                     raise ServerError(f"server {self.name!r} lays {name} out otherwise; open the model again")
             for name, shared in self._maps.items():
                 shared.replace(found.descriptors[name])
-            self._earlier = self.counts()
+            self._earlier, self._wait_s = self.counts(), 0.0
             self.attachment = found
         except BaseException:
             found.close()
@@ -296,7 +296,7 @@ class WeightClient:
 
     def note_wait(self, seconds: float) -> None:
         """Count time that a fetch was waited for."""
-        self._earlier += FetchCounts(wait_s=seconds)
+        self._wait_s += seconds
 
 
 class ServedFetch:

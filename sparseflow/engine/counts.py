@@ -1,6 +1,7 @@
 """What the engine counts and measures."""
 
 from dataclasses import dataclass, fields
+from operator import add, attrgetter, sub
 from typing import NamedTuple
 
 
@@ -29,11 +30,11 @@ class FetchCounts:
 
     def __add__(self, other: "FetchCounts") -> "FetchCounts":
         """Both together."""
-        return FetchCounts(*(getattr(self, name) + getattr(other, name) for name in _FIELDS))
+        return FetchCounts(*map(add, _values(self), _values(other)))
 
     def __sub__(self, earlier: "FetchCounts") -> "FetchCounts":
         """What was counted since `earlier`."""
-        return FetchCounts(*(getattr(self, name) - getattr(earlier, name) for name in _FIELDS))
+        return FetchCounts(*map(sub, _values(self), _values(earlier)))
 
     @property
     def hit_rate(self) -> float | None:
@@ -42,7 +43,7 @@ class FetchCounts:
         return self.hits / asked if asked else None
 
 
-_FIELDS = tuple(field.name for field in fields(FetchCounts))
+_values = attrgetter(*(field.name for field in fields(FetchCounts)))
 
 
 class ReadTimes(NamedTuple):

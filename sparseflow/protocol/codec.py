@@ -4,6 +4,7 @@ Nothing is trusted: sizes are capped before decoding, and every field is checked
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -69,29 +70,34 @@ def _build(kind: object, values: list[Any]) -> Message:
     cls = _CLASSES.get(kind) if type(kind) is int else None
     if cls is None:
         raise Undecodable(f"message of kind {brief(kind)}: not known to protocol {PROTOCOL_VERSION}")
-    names, types = _NAMES[cls], _TYPES[cls]
-    first = values[0] if values and names[:1] == ("request_id",) and _is_a(values[0], int) else 0
+    names = _NAMES[cls]
+    first = values[0] if values and names[:1] == ("request_id",) and _is_int(values[0]) else 0
     if len(values) != len(names):
         raise Undecodable(f"{cls.__name__} of {len(values)} fields, not {len(names)}", first)
-    for name, value, expected in zip(names, values, types, strict=True):
-        if not _is_a(value, expected):
+    for value, is_right, name, expected in zip(values, _CHECKS[cls], names, _TYPES[cls], strict=True):
+        if not is_right(value):
             raise Undecodable(f"{cls.__name__}.{name} is {brief(value)}, not {expected}", first)
     message: Message = cls(*values)
     return message
 
 
-def _is_a(value: Any, expected: Any) -> bool:
-    if expected is int:
-        return type(value) is int and 0 <= value <= _MOST_INT
-    if expected is float:
-        return type(value) is float and math.isfinite(value)
-    if expected == list[int]:
-        return type(value) is list and all(_is_a(item, int) for item in value)
-    if expected == list[dict[str, Any]]:
-        return type(value) is list and all(type(item) is dict for item in value)
-    if expected == dict[str, Any]:
-        return type(value) is dict and all(type(key) is str for key in value)
-    return type(value) is expected
+def _is_int(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_INT
+
+
+def _check_of(expected: Any) -> Callable[[Any], bool]:
+    """Whether a value is of a field's type."""
+    checks: list[tuple[Any, Callable[[Any], bool]]] = [
+        (int, _is_int),
+        (float, lambda value: type(value) is float and math.isfinite(value)),
+        (str, lambda value: type(value) is str),
+        (bytes, lambda value: type(value) is bytes),
+        (bool, lambda value: type(value) is bool),
+        (list[int], lambda value: type(value) is list and all(map(_is_int, value))),
+        (list[dict[str, Any]], lambda value: type(value) is list and all(type(item) is dict for item in value)),
+        (dict[str, Any], lambda value: type(value) is dict and all(type(key) is str for key in value)),
+    ]
+    return next(check for kind, check in checks if kind == expected)
 
 
 def brief(value: object) -> str:
@@ -111,4 +117,5 @@ _ALL: tuple[type[Any], ...] = get_args(Message)
 _CLASSES: dict[int, type[Any]] = {cls.KIND: cls for cls in _ALL}
 _NAMES = {cls: tuple(field.name for field in fields(cls)) for cls in _ALL}
 _TYPES = {cls: tuple(get_type_hints(cls)[name] for name in _NAMES[cls]) for cls in _ALL}
+_CHECKS = {cls: tuple(_check_of(expected) for expected in _TYPES[cls]) for cls in _ALL}
 assert len(_CLASSES) == len(_ALL), "two messages of one kind"

@@ -333,13 +333,13 @@ def test_reply_that_came_before_its_request_was_given_up_is_dropped(opened: Open
 
 def test_last_counts_of_the_session_are_kept_and_messages_counted(opened: Opened) -> None:
     line, far = opened
-    joined = line.n_messages
+    joined = line.attachment.n_messages
     for n in range(3):
         number = line.acquire(0, ids(1), 1.0)
         far.send(encode(ready(number, 3, counts=[n] * 9)))
         line.reply(number, soon())
-        assert line.counts == [n] * 9
-    assert line.n_messages == joined + 6
+        assert line.attachment.counts == [n] * 9
+    assert line.attachment.n_messages == joined + 6
 
 
 def test_lines_of_two_threads_share_a_session_and_each_gets_its_own_replies(
