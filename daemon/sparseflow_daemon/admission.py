@@ -25,7 +25,7 @@ _SO_PEERPIDFD = 77  # Linux 6.5 and later: without it the pid may have been give
 _GREETING_TIMEOUT_S = 5.0
 _MOST_NAMED = 20
 _PROTOCOL_FIELDS = ("protocol", "layout")
-_REGIONS = ("arena", "table", "dense", "predictors", "files")
+_REGIONS = ("arena", "dense", "predictors", "files")
 
 
 @dataclass(eq=False)

@@ -7,15 +7,24 @@ for the session's own leases to come back.
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparseflow.engine.counts import FetchCounts
 from sparseflow.errors import ArenaBusy, BadRequest, ServerError, SparseFlowError
-from sparseflow.protocol.messages import TOLD_COUNTS, AcquireNeurons, ErrorReply, HintNeurons, Message, NeuronsReady
+from sparseflow.protocol.messages import (
+    TOLD_COUNTS,
+    AcquireNeurons,
+    ErrorReply,
+    HintNeurons,
+    Message,
+    NeuronsLeased,
+    NeuronsReady,
+)
 from sparseflow_daemon.served_model import ServedModel
 from sparseflow_daemon.sessions import Lease, Session
 
@@ -37,14 +46,18 @@ class Leasing:
 
     def acquire(self, session: Session, line: bytes, request: AcquireNeurons) -> list[Outgoing]:
         """Replies to this request, and to those that wait for what it releases."""
-        out = self.release(session, request.released)
+        out: list[Outgoing] = []
         try:
-            self._line_up(session, line, request)
+            lease = self._new_lease(session, line, request)
+            if not session.waiting and session.n_leased + len(lease.ids) <= self._model.fetch_limit:
+                out += self._begin(session, lease)  # before anything else, so that the disk is soon at work
+            else:
+                session.waiting.append(lease)
         except SparseFlowError as error:
-            return [*out, (line, self._refusal(session, request, error))]
-        return out + self._begin_waiting(session)
+            out.append((line, self._refusal(session, request, error)))
+        return out + self.release(session, request.released)
 
-    def _line_up(self, session: Session, line: bytes, request: AcquireNeurons) -> None:
+    def _new_lease(self, session: Session, line: bytes, request: AcquireNeurons) -> Lease:
         """
         Raises:
             ArenaBusy: it asks for more than the session may lease. BadRequest: its id is taken.
@@ -60,7 +73,7 @@ class Leasing:
             )
         if len(session.waiting) >= _MOST_WAITING:
             raise ArenaBusy(f"{_MOST_WAITING} requests of this session wait for slots already; release leases first")
-        session.waiting.append(Lease(line, request, ids, time.monotonic() + request.timeout_s))
+        return Lease(line, request, ids, time.monotonic() + request.timeout_s)
 
     def hint(self, session: Session, request: HintNeurons) -> None:
         """Start to read what may be asked for.
@@ -99,16 +112,14 @@ class Leasing:
         for request_id in list(session.leases):
             self._end(session, request_id)
 
-    def progress(self, sessions: Iterable[Session]) -> list[Outgoing]:
+    def progress(self, sessions: Iterable[Session]) -> Iterator[Outgoing]:
         """Replies to what has come, or will not come, since the last time. sessions: all of this model."""
         self._engine.collect()
-        out: list[Outgoing] = []
         for session, lease in list(self._unanswered.values()):
-            out += self._answer(session, lease)
+            yield from self._answer(session, lease)
         for session in sessions:
-            out += self._expired(session, time.monotonic())
-            out += self._begin_waiting(session)
-        return out
+            yield from self._expired(session, time.monotonic())
+            yield from self._begin_waiting(session)
 
     def _begin_waiting(self, session: Session) -> list[Outgoing]:
         """Begin requests in their order, as far as the session's share goes."""
@@ -133,24 +144,34 @@ class Leasing:
         return self._answer(session, lease)
 
     def _answer(self, session: Session, lease: Lease) -> list[Outgoing]:
-        """The reply, if there is one yet."""
+        """What can be said of a request by now: where its bundles lie or will, and that all are there or never will."""
         outcome = self._engine.outcome(lease.fetch)
-        if outcome is None:
-            return []
-        del self._unanswered[lease.fetch]
         request = lease.request
         if isinstance(outcome, Exception):
             self._end(session, request.request_id)
             return [(lease.line, self._refusal(session, request, outcome))]
-        self._count_fetch(session, lease)
-        counts = [getattr(session.counts, name) for name in TOLD_COUNTS]
-        slots = outcome.astype(np.uint32).tobytes()
-        return [(lease.line, NeuronsReady(request.request_id, self._epoch, slots, counts))]
+        if outcome is None:
+            leased = None if lease.is_told else self._engine.leased(lease.fetch)
+            if leased is None:
+                return []
+            lease.is_told = True
+            slots, are_filled = leased
+            missing = np.flatnonzero(~are_filled)
+            counts = self._count(session, lease)
+            told = NeuronsLeased(request.request_id, self._epoch, _packed(slots), _packed(missing), counts)
+            return [(lease.line, told)]
+        del self._unanswered[lease.fetch]
+        if lease.is_told:
+            return [(lease.line, NeuronsReady(request.request_id, self._epoch, b"", []))]
+        counts = self._count(session, lease)
+        return [(lease.line, NeuronsReady(request.request_id, self._epoch, _packed(outcome), counts))]
 
-    def _count_fetch(self, session: Session, lease: Lease) -> None:
+    def _count(self, session: Session, lease: Lease) -> list[int]:
+        """Count a fetch that was given its slots; returns the session's `TOLD_COUNTS`."""
         n_missed = self._engine.missed(lease.fetch)
         if n_missed is not None:
             session.counts += FetchCounts(hits=len(lease.ids) - n_missed, misses=n_missed)
+        return list(_told_counts(session.counts))
 
     def _refusal(self, session: Session, request: AcquireNeurons, error: Exception) -> ErrorReply:
         code = error.wire_code if isinstance(error, SparseFlowError) else ServerError.wire_code
@@ -181,9 +202,16 @@ class Leasing:
             session.waiting = deque(lease for lease in session.waiting if lease.request.request_id != request_id)
         lease = session.leases.pop(request_id, None)
         if lease is not None:
-            if self._unanswered.pop(lease.fetch, None) is not None:
-                self._count_fetch(session, lease)
+            if self._unanswered.pop(lease.fetch, None) is not None and not lease.is_told:
+                self._count(session, lease)
             self._engine.release(lease.fetch)
+
+
+_told_counts = attrgetter(*TOLD_COUNTS)
+
+
+def _packed(numbers: NDArray[np.int64]) -> bytes:
+    return numbers.astype("<u4").tobytes()
 
 
 def _ids(content: bytes) -> NDArray[np.uint32]:

@@ -94,10 +94,9 @@ class ServedModel:
                 shared=True,
                 event_fd=self.event_fd,
             )
-            for region, shared in (("arena", self.engine.arena.memory), ("table", self.engine.table.memory)):
-                assert shared is not None
-                self.regions[region] = shared
-            self.parts["arena"] = self.parts["table"] = {}
+            assert self.engine.arena.memory is not None
+            self.regions["arena"] = self.engine.arena.memory
+            self.parts["arena"] = {}
             if self.is_resident:
                 self._fill()
             self.state = "ready"

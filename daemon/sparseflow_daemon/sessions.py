@@ -29,6 +29,8 @@ class Lease:
     """When it is refused if it is not begun yet."""
     fetch: int = 0
     """Its number in the engine; 0: not begun, because the session would hold more than its share."""
+    is_told: bool = False
+    """The client knows its slots, but not yet that all are filled."""
 
 
 @dataclass(eq=False)

@@ -56,7 +56,7 @@ class Attachment:
             self.regions = {region["name"]: region for region in answer.regions}
             self.descriptors = dict(zip(self.regions, descriptors, strict=True))
             self.profile = ModelProfile(**answer.profile)
-            self.arena = ArenaView(self.mapped("arena", changes=True), self.mapped("table", changes=True), self.profile)
+            self.arena = ArenaView(self.mapped("arena", changes=True), self.profile)
             counters = Mapping(self.descriptors["counters"], self.regions["counters"]["nbytes"], writable=True)
             self.counters = SessionCounters(counters.content)
             self.sock.settimeout(None)  # from now on it is only looked at, without waiting
@@ -88,7 +88,7 @@ class Attachment:
         """One more on some line; counts: those of a reply, which may be older than another line's."""
         with self._counting:
             self.n_messages += 1
-            if counts is not None and sum(counts) >= sum(self.counts):
+            if counts and sum(counts) >= sum(self.counts):
                 self.counts = counts
 
     def has_ended(self) -> bool:

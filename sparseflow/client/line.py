@@ -19,11 +19,13 @@ from sparseflow.protocol.messages import (
     HintNeurons,
     Join,
     Message,
+    NeuronsLeased,
     NeuronsReady,
     ReleaseLeases,
 )
 from sparseflow.protocol.packets import PACKET_NBYTES
 
+Reply = NeuronsLeased | NeuronsReady | ErrorReply
 _SEND_TIMEOUT_S = 10.0
 
 
@@ -42,7 +44,7 @@ class Line:
         self._epoch = attachment.welcome.epoch
         self._request_ids = request_ids
         self._awaited: set[int] = set()
-        self._replies: dict[int, NeuronsReady | ErrorReply] = {}
+        self._replies: dict[int, list[Reply]] = {}
         self._released: list[int] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_SEND_TIMEOUT_S)
@@ -63,8 +65,8 @@ class Line:
         del self._released[: len(released)]
         return request_id
 
-    def reply(self, request_id: int, deadline_s: float) -> NeuronsReady | ErrorReply:
-        """What became of a request.
+    def reply(self, request_id: int, deadline_s: float) -> Reply:
+        """What a request is told next: where its bundles are leased, or at last what became of it.
 
         Raises:
             NoAnswer: there is no reply by then. ServerNotRunning: there will be none.
@@ -73,8 +75,13 @@ class Line:
             self._receive(deadline_s)
             if request_id not in self._replies and time.monotonic() >= deadline_s:
                 raise NoAnswer("the server answered everything but this in time; is it stopped, or its disk?")
-        self._awaited.discard(request_id)
-        return self._replies.pop(request_id)
+        replies = self._replies[request_id]
+        reply = replies.pop(0)
+        if not replies:
+            del self._replies[request_id]
+        if not isinstance(reply, NeuronsLeased):
+            self._awaited.discard(request_id)
+        return reply
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """Tell what may be asked for."""
@@ -128,16 +135,16 @@ class Line:
             self.attachment.is_over = True
             raise ServerNotRunning("the server has ended the session")
         message = decode(content)
-        self.attachment.note_message(message.counts if isinstance(message, NeuronsReady) else None)
+        self.attachment.note_message(getattr(message, "counts", None))
         match message:
             case ErrorReply(request_id=0, code=Resync.wire_code):  # to Join
                 self.attachment.is_over = True
                 raise ServerNotRunning(f"the server has ended the session: {message.text}")
             case ErrorReply(request_id=0):
                 raise of_wire_code(message.code, message.text)
-            case NeuronsReady() | ErrorReply():
+            case NeuronsLeased() | NeuronsReady() | ErrorReply():
                 pass
             case _:
                 raise ServerError(f"the server sent {type(message).__name__}, which is no reply")
         if message.request_id in self._awaited:
-            self._replies[message.request_id] = message
+            self._replies.setdefault(message.request_id, []).append(message)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseflow.client.arena_view import Sighting
 from sparseflow.client.attachment import Attachment
 from sparseflow.client.line import Line
 from sparseflow.core.config import OffloadStrategy
@@ -28,7 +27,7 @@ from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Early, Fetch, HostBun
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.errors import BadRequest, Draining, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.inquiry import ask_status
-from sparseflow.protocol.messages import TOLD_COUNTS, ErrorReply
+from sparseflow.protocol.messages import TOLD_COUNTS, ErrorReply, NeuronsLeased
 from sparseflow.store.manifest import DENSE_NAME, predictor_name
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ LOAD_TIMEOUT_S = 600.0
 RECONNECT_TIMEOUT_S = 30.0
 _RETRY_S = 0.05
 _STRATEGY_FIELDS = ("aggressive_offload", "use_lru_eviction")
+_NONE = np.empty(0, np.uint32)
 _CLIENTS: "weakref.WeakSet[WeightClient]" = weakref.WeakSet()
 
 
@@ -302,28 +302,31 @@ class WeightClient:
 class ServedFetch:
     """A fetch of the server's engine: asked for when it is made, leased until it is released."""
 
-    __slots__ = ("_client", "_ids", "_layer", "_line", "_request_id", "_seen")
+    __slots__ = ("_client", "_ids", "_is_ready", "_layer", "_line", "_missing", "_request_id", "_slots")
 
     def __init__(self, client: WeightClient, layer: int, ids: NDArray[np.uint32]) -> None:
         self._client, self._layer, self._ids = client, layer, ids
-        self._seen: Sighting | None = None
         self._ask()
 
     def early(self) -> Early:
-        """As `Fetch.early`: what the arena shows now, without a lease. `wait` says whether it held."""
-        arena = self._line.attachment.arena
-        self._seen = arena.look_up(self._layer, self._ids)
-        return Early(HostBundles(arena.base, self._seen.slots), self._seen.positions, is_certain=False)
+        """As `Fetch.early`; waits until the server says where the bundles are leased."""
+        deadline_s = time.monotonic() + FETCH_TIMEOUT_S
+        while self._slots is None:
+            self._hear(deadline_s)
+        positions = np.arange(len(self._slots))
+        if len(self._missing):
+            is_there = np.ones(len(self._slots), bool)
+            is_there[self._missing] = False
+            positions = is_there.nonzero()[0]
+        return Early(HostBundles(self._line.attachment.arena.base, self._slots[positions]), positions)
 
     def wait(self, timeout_s: float) -> HostBundles:
         """As `Fetch.wait`."""
         begin_s = time.monotonic()
-        slots = self._leased(begin_s + timeout_s)
-        arena = self._line.attachment.arena
-        if len(slots) != len(self._ids) or (len(slots) and int(slots.max()) >= len(arena.base)):
-            raise ServerError(f"the server leased {len(slots)} slots for {len(self._ids)} neurons, or none of its own")
+        while not self._is_ready or self._slots is None:
+            self._hear(begin_s + timeout_s)
         self._client.note_wait(time.monotonic() - begin_s)
-        return HostBundles(arena.base, slots, self._seen is None or self._seen.held(arena, slots))
+        return HostBundles(self._line.attachment.arena.base, self._slots)
 
     def release(self) -> None:
         """As `Fetch.release`; told with the next request, after the last layer at once."""
@@ -341,6 +344,9 @@ class ServedFetch:
             self._release(at_once=True)
 
     def _ask(self) -> None:
+        self._slots: NDArray[np.uint32] | None = None
+        self._missing = _NONE
+        self._is_ready = False
         while True:
             attachment = self._client.attachment
             try:
@@ -350,20 +356,33 @@ class ServedFetch:
             except ServerNotRunning:
                 self._client.recover(attachment)
 
-    def _leased(self, deadline_s: float) -> NDArray[np.uint32]:
-        """Slots of all ids, from this server or from the one that takes its place."""
-        while True:
-            try:
-                reply = self._line.reply(self._request_id, deadline_s)
-            except ServerNotRunning:
-                self._ask_successor()
-                continue
-            if not isinstance(reply, ErrorReply):
-                return np.frombuffer(reply.slots, "<u4")
+    def _hear(self, deadline_s: float) -> None:
+        """Take one more reply, from this server or from the one that takes its place."""
+        try:
+            reply = self._line.reply(self._request_id, deadline_s)
+        except ServerNotRunning:
+            self._ask_successor()
+            return
+        if isinstance(reply, ErrorReply):
             error = of_wire_code(reply.code, reply.text)
             if not isinstance(error, Resync | Draining):
                 raise error
             self._ask_successor()
+            return
+        if self._slots is None:
+            self._slots = self._checked(reply.slots, len(self._line.attachment.arena.base))
+            if len(self._slots) != len(self._ids):
+                raise ServerError(f"the server leased {len(self._slots)} slots for {len(self._ids)} neurons")
+        if isinstance(reply, NeuronsLeased):
+            self._missing = self._checked(reply.missing, len(self._ids))
+        else:
+            self._is_ready = True
+
+    def _checked(self, content: bytes, limit: int) -> NDArray[np.uint32]:
+        numbers = np.frombuffer(content, "<u4")
+        if len(numbers) and int(numbers.max()) >= limit:
+            raise ServerError(f"the server named {numbers.max()} of {limit} slots or neurons; is it of our version?")
+        return numbers
 
     def _ask_successor(self) -> None:
         self._client.recover(self._line.attachment)

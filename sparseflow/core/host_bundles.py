@@ -162,6 +162,9 @@ class ArenaBundles:
         self._engine.close()
 
 
+_NOTHING = np.empty(0, np.int64), np.empty(0, bool)
+
+
 class ArenaFetch:
     """A fetch of the engine."""
 
@@ -172,8 +175,9 @@ class ArenaFetch:
 
     def early(self) -> Early:
         """As `Fetch.early`."""
-        positions, slots = self._engine.early(self._number)
-        return Early(HostBundles(self._base, slots.astype(np.uint32)), positions)
+        slots, are_filled = self._engine.leased(self._number) or _NOTHING
+        positions = np.flatnonzero(are_filled)
+        return Early(HostBundles(self._base, slots[positions].astype(np.uint32)), positions)
 
     def wait(self, timeout_s: float) -> HostBundles:
         """As `Fetch.wait`."""

@@ -24,30 +24,29 @@ class HostBundles:
     """Bundles in host memory.
 
     base: (n_slots, 2, hidden), the store's dtype. slots: (n,) uint32, in the order of the ids asked for. Valid until
-    the fetch is released. early_held: what `Fetch.early` gave was what it said; where not, compute all of these.
+    the fetch is released.
     """
 
     base: "Tensor"
     slots: NDArray[np.uint32]
-    early_held: bool = True
 
 
 class Early(NamedTuple):
-    """What of a fetch is in host memory already, while the rest is read. positions: (n,) int64, among the ids.
-
-    Where it is not certain, `wait` says whether it held.
-    """
+    """What of a fetch is in host memory already, while the rest is read. positions: (n,) int64, among the ids."""
 
     bundles: HostBundles
     positions: NDArray[np.int64]
-    is_certain: bool = True
 
 
 class Fetch(Protocol):
     """Bundles on their way. `with fetch:` releases it at the end."""
 
     def early(self) -> Early:
-        """What can be computed before `wait`. Returns at once."""
+        """What can be computed before `wait`, which is all of it where nothing has to be read.
+
+        Raises:
+            TimeoutError: a server does not say.
+        """
         ...
 
     def wait(self, timeout_s: float) -> HostBundles:

@@ -24,7 +24,6 @@ from sparseflow.engine.read_plan import LONGEST_READ_NBYTES
 from sparseflow.engine.reading import Reading, open_reading
 from sparseflow.engine.residency import Acquire, Event, Hint, Instruction, Load, Ready, Refuse, Release, Residency
 from sparseflow.engine.shard_files import ShardFiles
-from sparseflow.engine.slot_table import SlotTable
 from sparseflow.errors import ArenaBusy, BadRequest, DiskError
 from sparseflow.store.manifest import Manifest
 
@@ -74,10 +73,8 @@ class Engine:
         profile = manifest.profile
         self.profile = profile
         self._arena = Arena(n_slots, profile.bundle_nbytes, shared=shared)
-        self.table = SlotTable(profile.num_layers, profile.ffn_dimension, n_slots, shared=shared)
-        """Where bundles lie."""
         sizes = profile.num_layers, profile.ffn_dimension, n_slots
-        self._residency = Residency(*sizes, EVICTIONS[eviction](profile.num_layers, n_slots), self.table)
+        self._residency = Residency(*sizes, EVICTIONS[eviction](profile.num_layers, n_slots))
         shards = ShardFiles(store, manifest)
         reading = self._reading = open_reading(shards, io, event_fd)
         try:
@@ -86,7 +83,7 @@ class Engine:
             reading.close()
             raise
         # Holds all memory that reads may still write to, whoever forgets to close.
-        self._shut = weakref.finalize(self, _shut, self._loader, reading, self._arena, self.table)
+        self._shut = weakref.finalize(self, _shut, self._loader, reading, self._arena)
         self._changed = threading.Condition()
         self._is_collecting = False
         self._is_closed = False
@@ -191,10 +188,13 @@ class Engine:
             self._handle(Acquire(number, layer, ids))
             return number
 
-    def early(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which of a fetch's ids are in the arena already: their positions, and their slots. Returns at once."""
+    def leased(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None:
+        """The slots of a fetch, and which are filled already, both in the order of its ids. Returns at once.
+
+        None: it waits for slots, or is over.
+        """
         with self._changed:
-            return self._residency.arrived(fetch)
+            return self._residency.leased(fetch)
 
     def collect(self) -> None:
         """Apply reads that have ended, without waiting. For a loop: when `event_fd` is readable, before `outcome`."""
@@ -350,8 +350,7 @@ class Engine:
         )
 
 
-def _shut(loader: Loader, reading: Reading, arena: Arena, table: SlotTable) -> None:
+def _shut(loader: Loader, reading: Reading, arena: Arena) -> None:
     loader.close()
     reading.close()
     arena.close()
-    table.close()

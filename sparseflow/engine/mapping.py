@@ -62,6 +62,7 @@ class Mapping:
             if _libc.madvise(address, HUGE_NBYTES, _MADV_COLLAPSE) != 0:
                 return
 
+
 def _aligned_address(nbytes: int) -> int:
     """Reserve addresses, from a multiple of a huge page on where that is any use."""
     spare = HUGE_NBYTES if nbytes >= HUGE_NBYTES else 0

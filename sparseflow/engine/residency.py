@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparseflow.engine.eviction import Eviction
-from sparseflow.engine.slot_table import ABSENT, SlotTable
 
-_NONE = np.empty(0, np.int64)
+ABSENT = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +119,11 @@ class _Lease:
 class Residency:
     """The state of one arena."""
 
-    def __init__(
-        self, n_layers: int, ffn_dim: int, n_slots: int, eviction: Eviction, table: SlotTable | None = None
-    ) -> None:
-        """
-        Args:
-            table: empty, where others may look; None: nobody does.
-        """
-        table = table or SlotTable(n_layers, ffn_dim, n_slots)
+    def __init__(self, n_layers: int, ffn_dim: int, n_slots: int, eviction: Eviction) -> None:
         self.n_slots = n_slots
         self.counts = Counts()
         self._eviction = eviction
-        self._slot_of, self._turn_of = table.slot_of, table.turn_of
+        self._slot_of = np.full((n_layers, ffn_dim), ABSENT, np.int32)
         self._layer_in = np.full(n_slots, ABSENT, np.int32)
         self._id_in = np.zeros(n_slots, np.int32)
         self._is_loading = np.zeros(n_slots, bool)
@@ -174,13 +166,10 @@ class Residency:
         lease = self._leases.get(fetch)
         return None if lease is None else lease.n_missing
 
-    def arrived(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of the slots that a fetch leases, those that are filled: positions among its ids, and slots."""
+    def leased(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None:
+        """Slots that a fetch leases, in the order of its ids, and which are filled; None: it has none yet."""
         lease = self._leases.get(fetch)
-        if lease is None:
-            return _NONE, _NONE
-        positions = np.flatnonzero(~self._is_loading[lease.slots])
-        return positions, lease.slots[positions]
+        return None if lease is None else (lease.slots, ~self._is_loading[lease.slots])
 
     @property
     def n_resident(self) -> int:
@@ -257,7 +246,6 @@ class Residency:
     def _on_loaded(self, event: Loaded) -> list[Instruction]:
         self._is_loading[event.slots] = False
         self._may_go[event.slots] = self._n_leases[event.slots] == 0
-        self._turn_of[event.slots] += 1
         ready: list[Instruction] = []
         for fetch, lease in self._leases.items():
             if not lease.is_ready and not self._is_loading[lease.slots].any():
@@ -273,7 +261,6 @@ class Residency:
             self._end_lease(self._leases.pop(fetch).slots)
         self._is_loading[event.slots] = False
         self._slot_of[self._layer_in[event.slots], self._id_in[event.slots]] = ABSENT
-        self._turn_of[event.slots] += 1
         self._layer_in[event.slots] = ABSENT
         self._eviction.freed(event.slots)
         self._forget_hints(event.slots)
@@ -287,7 +274,6 @@ class Residency:
             self._evict(n_short)
         self._n_free -= len(ids)
         slots = self._free[self._n_free : self._n_free + len(ids)][::-1].copy()
-        self._turn_of[slots] += 1
         self._slot_of[layer, ids] = slots
         self._layer_in[slots] = layer
         self._id_in[slots] = ids

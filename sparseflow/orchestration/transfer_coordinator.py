@@ -199,20 +199,17 @@ class TransferCoordinator:
                 is_last = n + 1 == len(parts)
                 if is_last and self.lookahead.from_before:
                     self._look_ahead(layer + 1, hidden)
-                early, positions, is_certain = fetch.early()
-                before = None if total is None or is_certain else total.clone(), n_active
+                early, positions = fetch.early()
                 add(early, part[positions])
-                if is_certain and len(positions) == len(part):
+                if len(positions) == len(part):
                     continue
+                is_late = np.ones(len(part), bool)
+                is_late[positions] = False
+                late = is_late.nonzero()[0]
                 bundles = fetch.wait(FETCH_TIMEOUT_S)
-                if not is_last and len(positions) < len(part):
+                if not is_last:
                     self.source.hint(layer, parts[n + 1])
-                if not bundles.early_held:
-                    total, n_active = before
-                    add(bundles, part)
-                elif len(positions) < len(part):
-                    late = np.delete(np.arange(len(part)), positions)
-                    add(HostBundles(bundles.base, bundles.slots[late]), part[late])
+                add(HostBundles(bundles.base, bundles.slots[late]), part[late])
         assert total is not None  # there is one part at least
         return total, n_active
 

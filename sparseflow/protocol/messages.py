@@ -112,7 +112,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class AcquireNeurons:
-    """Lease the bundles of one layer for one step. Answered by NeuronsReady or ErrorReply.
+    """Lease the bundles of one layer for one step. Answered by NeuronsReady or ErrorReply, maybe after NeuronsLeased.
 
     released: requests whose leases are over. timeout_s: how long to wait for slots.
     """
@@ -163,10 +163,26 @@ class StatusRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class NeuronsLeased:
+    """Before NeuronsReady, where something has to be read: slots are leased, and all but some hold their bundles.
+
+    slots: in the order of the ids, 4 bytes each. missing: positions among them, 4 bytes each, ascending.
+    counts: of this session, TOLD_COUNTS.
+    """
+
+    KIND: ClassVar[int] = 23
+    request_id: int
+    epoch: int
+    slots: bytes
+    missing: bytes
+    counts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class NeuronsReady:
     """Bundles lie in the arena, and stay until the request is released.
 
-    slots: in the order of the ids. counts: of this session, TOLD_COUNTS.
+    slots, counts: as of NeuronsLeased; both empty where that has told them.
     """
 
     KIND: ClassVar[int] = 19
@@ -174,9 +190,6 @@ class NeuronsReady:
     epoch: int
     slots: bytes
     counts: list[int]
-
-
-# --- to whoever asks, on ctl.sock
 
 
 # --- to whoever asks, on ctl.sock
@@ -212,11 +225,11 @@ Message = (
     | Welcome
     | Detached
     | Join
-    | Join
     | AcquireNeurons
     | HintNeurons
     | ReleaseLeases
     | StatusRequest
+    | NeuronsLeased
     | NeuronsReady
     | StatusReply
     | ErrorReply
