@@ -22,14 +22,16 @@ from sparseflow.kernels.intrinsics import (
     half_at,
     int64_at,
     prefetch,
+    take_next,
     to_float,
     uint32_at,
 )
-from sparseflow.kernels.threads import compile_kernel, team_rank, team_size
+from sparseflow.kernels.threads import compile_kernel
 
 # Sums may be reordered into vectors; NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
+_PARTS_A_THREAD = 4
 _PREFETCH_STEP = 32  # elements: a cache line of 16-bit weights
 
 
@@ -57,18 +59,23 @@ def _add_neuron(total, bundle, bias, x, hidden):
 
 @njit(fastmath=_FASTMATH)
 def _add_neurons(block, bundles):
-    """Each thread takes parts of the neurons, and adds each to that part's sum.
+    """Each thread takes one part of the neurons after the other, and adds each to that part's sum.
+
+    A thread that loses its core for a while (a weight server reads, another process computes) leaves the others more
+    parts; which thread has which makes no difference to the sums.
 
     block: n_parts, n_neurons, n_tokens, hidden, bundles, stride (elements), slots (uint32), neuron ids (uint32),
-    fc1 bias, x, sums (zeros: n_parts x tokens x hidden), n_active (int64: n_parts), scratch (n_parts x 2 x hidden);
-    float32 where not said.
+    fc1 bias, x, sums (zeros: n_parts x tokens x hidden), n_active (int64: n_parts), scratch (n_parts x 2 x hidden),
+    the next part to take (int64); float32 where not said.
     bundles: a pointer of the weights' type.
     """
     n_parts, n_neurons, n_tokens, hidden, stride = block[0], block[1], block[2], block[3], block[5]
     slots, ids, fc1_bias = uint32_at(block[6]), uint32_at(block[7]), float32_at(block[8])
     x, sums, n_active = float32_at(block[9]), float32_at(block[10]), int64_at(block[11])
     width = n_tokens * hidden
-    for part in range(np.int64(team_rank()), n_parts, np.int64(team_size())):
+    next_part = int64_at(block[13])
+    part = take_next(next_part)
+    while part < n_parts:
         total = advance(sums, part * width)
         wide = advance(float32_at(block[12]), part * 2 * hidden)
         count = 0
@@ -87,6 +94,7 @@ def _add_neurons(block, bundles):
             for row in range(0, width, hidden):
                 count += _add_neuron(advance(total, row), wide, bias, advance(x, row), hidden)
         n_active[part] = count
+        part = take_next(next_part)
 
 
 @cache
@@ -128,16 +136,19 @@ def sparse_mlp(
         The sum over the chosen neurons plus fc2's bias. Repeatable for the same ids and number of threads.
     """
     n_tokens, hidden = x.shape
-    n_parts = torch.get_num_threads()
+    n_threads = torch.get_num_threads()
+    n_parts = n_threads * _PARTS_A_THREAD
     sums = torch.zeros(n_parts, n_tokens, hidden)
     n_active = np.zeros(n_parts, np.int64)
+    next_part = np.zeros(1, np.int64)
     scratch = np.empty((n_parts, 2, hidden), np.float32)
     block = (
         *(n_parts, len(ids), n_tokens, hidden, bundles.data_ptr(), bundles.stride(0)),
         *(slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr()),
         *(x.data_ptr(), sums.data_ptr(), n_active.ctypes.data, scratch.ctypes.data),
+        next_part.ctypes.data,
     )
-    threads.run(_kernel(bundles.dtype), np.array(block, np.int64), n_parts)
+    threads.run(_kernel(bundles.dtype), np.array(block, np.int64), n_threads)
     return SparseMLPOutput(sums.sum(0).add_(fc2_bias), int(n_active.sum()))
 
 

@@ -86,7 +86,8 @@ def run(kernel: Any, args: np.ndarray, n_threads: int) -> None:
     """Call a compiled kernel once on each of `n_threads` threads and wait for all.
 
     Args:
-        kernel: a numba `cfunc` of `KERNEL_SIGNATURE`. It takes every `team_size()`th part from `team_rank()` on.
+        kernel: a numba `cfunc` of `KERNEL_SIGNATURE`. Its parts are divided by `team_rank()` and `team_size()`, or
+            by a counter that all threads take the next one from.
         args: (n,) int64, the kernel's argument block: sizes and addresses; whatever they point to must stay alive.
         n_threads: threads asked for; the runtime may give fewer.
     """
