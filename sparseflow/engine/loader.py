@@ -127,11 +127,12 @@ class Loader:
         """What has ended since the last time. Begins what there is room for now."""
         events: list[Loaded | Failed] = []
         finished = self._queue.take()
-        tokens = finished.tokens.astype(np.int64)
-        numbers = tokens >> 32
-        for number in sorted(set(numbers.tolist())):
-            is_its = numbers == number
-            events += self._end(number, tokens[is_its] & 0xFFFFFFFF, finished.results[is_its])
+        tokens, results = finished.tokens.view(np.int64), finished.results
+        while len(tokens):
+            number = int(tokens[0]) >> 32
+            is_its = tokens >> 32 == number
+            events += self._end(number, tokens[is_its] & 0xFFFFFFFF, results[is_its])
+            tokens, results = tokens[~is_its], results[~is_its]
         self._begin_more()
         return events
 
