@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparseflow.engine.reading import IO_MODES
-from sparseflow.errors import BadRequest, ServerError, SparseFlowError
+from sparseflow.errors import BadRequest, SparseFlowError
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow.store.manifest import MANIFEST_NAME
 from sparseflow_daemon.claim import Claim
@@ -97,8 +97,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _store(name: str) -> Path:
     """The folder of a store; a checkpoint is converted by another process, because that takes torch.
 
-    Raises:
-        ServerError: it could not be.
+    Where that fails it has said why, and this process ends with its exit code.
     """
     folder = Path(name).expanduser().absolute()
     if (folder / MANIFEST_NAME).is_file():
@@ -106,7 +105,7 @@ def _store(name: str) -> Path:
     command = [sys.executable, "-m", "sparseflow", "convert", name, "--json"]
     finished = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if finished.returncode:
-        raise ServerError(f"{name}: is no store and could not be made one; see above")
+        sys.exit(finished.returncode)
     return Path(json.loads(finished.stdout)["store"])
 
 

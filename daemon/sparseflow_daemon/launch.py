@@ -1,6 +1,5 @@
 """Starting a server that is left running."""
 
-import os
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 from sparseflow.errors import ServerError
 from sparseflow.protocol.inquiry import ask_status
 from sparseflow.protocol.run_directory import RunDirectory
+from sparseflow.utils.home import sparseflow_home
 
 _POLL_S = 0.05
 _LAST_LINES = 12
@@ -18,9 +18,7 @@ _LAST_LINES = 12
 
 def log_path(name: str) -> Path:
     """Where a server that was left running writes its log: `$SPARSEFLOW_HOME/logs/NAME.log`."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = Path(os.environ.get("SPARSEFLOW_HOME") or f"{cache}/sparseflow").expanduser()
-    return home / "logs" / f"{name}.log"
+    return sparseflow_home() / "logs" / f"{name}.log"
 
 
 def launch(arguments: Sequence[str], name: str, timeout_s: float = 600.0) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Lifecycle:
         if not self._told_ready and self._server.state in ("ready", "degraded"):
             self._told_ready = True
             notify(f"READY=1\nSTATUS={self._server.state}: {', '.join(self._server.models)}")
-        if self._is_watched:
+        if self._told_ready and self._is_watched:
             notify("WATCHDOG=1")
 
     def write_report(self) -> None:

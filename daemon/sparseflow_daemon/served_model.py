@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import threading
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from sparseflow.engine.engine import Engine
 from sparseflow.engine.memory_plan import AUTO_SHARE, fixed_nbytes, free_memory, plan_memory
 from sparseflow.engine.shared_memory import SharedMemory, read_into
-from sparseflow.errors import BadRequest, SparseFlowError
+from sparseflow.errors import BadRequest, Draining, SparseFlowError
 from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION
 from sparseflow.store.manifest import DENSE_NAME, Manifest, predictor_name
 from sparseflow.utils.sizes import parse_size
@@ -51,6 +52,7 @@ class ServedModel:
         self.error: SparseFlowError | None = None
         self.regions: dict[str, SharedMemory] = {}
         self.parts: dict[str, dict[str, list[int]]] = {}
+        self._is_stopped = threading.Event()
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @property
@@ -100,6 +102,8 @@ class ServedModel:
             if self.is_resident:
                 self._fill()
             self.state = "ready"
+        except Draining as error:
+            self.error, self.state = error, "failed"
         except SparseFlowError as error:
             self.error, self.state = error, "failed"
             _log.error("model %s: %s", self.name, error)
@@ -114,7 +118,8 @@ class ServedModel:
         memory = self.regions[region] = SharedMemory(region, starts[-1])
         memory.begin(memory.nbytes)
         for name, entry, start in zip(names, entries, starts[:-1], strict=True):
-            read_into(memory.bytes[start : start + entry.nbytes], self.store / name, entry)
+            place = memory.bytes[start : start + entry.nbytes]
+            read_into(place, self.store / name, entry, require=self._require_going_on)
         self.parts[region] = {
             name: [start, entry.nbytes] for name, entry, start in zip(names, entries, starts[:-1], strict=True)
         }
@@ -123,10 +128,19 @@ class ServedModel:
         """Read every bundle. Slots are given in the order of asking, so a bundle's is `layer * ffn_dim + id`."""
         everything = np.arange(self.profile.ffn_dimension, dtype=np.uint32)
         for layer in range(self.profile.num_layers):
+            self._require_going_on()
             fetch = self.engine.fetch(layer, everything)
             slots = self.engine.wait(fetch, _LOAD_TIMEOUT_S)
             assert np.array_equal(slots, layer * len(everything) + everything), "slots are not in order"
             self.engine.release(fetch)
+
+    def stop_loading(self) -> None:
+        """Let `load` end soon, as failed. From another thread."""
+        self._is_stopped.set()
+
+    def _require_going_on(self) -> None:
+        if self._is_stopped.is_set():
+            raise Draining("the server is ending; attach to its successor")
 
     def clear_event(self) -> None:
         """Make the event descriptor unreadable until more reads end."""

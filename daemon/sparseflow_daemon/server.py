@@ -42,7 +42,7 @@ _TICK_S = 1.0
 _WAITING_TICK_S = 0.05  # while some request waits for something that has a deadline
 _MOST_AT_ONCE = 64  # messages between two looks at everything else
 _BACKLOG = 64
-_LOADER_TIMEOUT_S = 30.0
+_LOADER_TIMEOUT_S = 1.0
 
 
 class Server:
@@ -120,7 +120,10 @@ class Server:
                 _log.exception("unforeseen; going on")
 
     def close(self) -> None:
-        """Close everything; sessions see their connection end. May be called twice."""
+        """Close everything; sessions see their connection end. May be called twice.
+
+        What a disk that hangs still loads is left to the end of the process.
+        """
         for session in list(self.sessions.values()):
             self._end(session)
         for greeting in list(self._greetings):
@@ -128,10 +131,14 @@ class Server:
         self._listener.close()
         self._context.destroy(linger=0)
         self.loop.close()
-        self.loader.join(_LOADER_TIMEOUT_S)
-        os.close(self._loaded_fd)
         for model in self.models.values():
-            model.close()
+            model.stop_loading()
+        if self.loader.is_alive():
+            self.loader.join(_LOADER_TIMEOUT_S)
+        if not self.loader.is_alive():
+            os.close(self._loaded_fd)
+            for model in self.models.values():
+                model.close()
 
     # --- the loop
 
@@ -199,6 +206,7 @@ class Server:
     def _on_loaded(self) -> None:
         os.eventfd_read(self._loaded_fd)
         self._welcome_those_who_wait()
+        self.on_tick()
 
     def _begin_serving(self, model: ServedModel) -> None:
         if model.state == "ready" and model.name not in self.leasings:

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     import transformers
 
     import sparseflow
-    from sparseflow.core.store_home import sparseflow_home
+    from sparseflow.utils.home import sparseflow_home
 
     facts: dict[str, object] = {
         "sparseflow": sparseflow.__version__,

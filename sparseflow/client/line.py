@@ -6,6 +6,7 @@ Each thread that fetches has a line of its own: nothing is locked, and every rep
 import itertools
 import socket
 import time
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +90,9 @@ class Line:
 
     def release(self, request_id: int, *, at_once: bool) -> None:
         """Give a lease back: with the next request, or by a message of its own."""
-        self._awaited.discard(request_id)
+        if request_id in self._awaited:
+            self._awaited.discard(request_id)
+            self._take_what_came()
         self._replies.pop(request_id, None)
         self._released.append(request_id)
         if at_once:
@@ -121,12 +124,18 @@ class Line:
             raise ServerNotRunning(f"the server has ended ({error.strerror})") from error
         self.attachment.note_message()
 
+    def _take_what_came(self) -> None:
+        """Else replies that nobody waits for any more would fill the line."""
+        with suppress(NoAnswer):
+            while True:
+                self._receive(0)
+
     def _receive(self, deadline_s: float) -> None:
         """Take one reply, and keep it for whoever waits; what nobody waits for any more is dropped."""
-        self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
+        self._socket.settimeout(max(deadline_s - time.monotonic(), 0))
         try:
             content = self._socket.recv(PACKET_NBYTES)
-        except TimeoutError as error:
+        except (TimeoutError, BlockingIOError) as error:
             raise NoAnswer("the server said nothing in time; is it stopped, or its disk?") from error
         except OSError as error:
             self.attachment.is_over = True

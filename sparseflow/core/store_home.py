@@ -2,19 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from sparseflow.core.checkpoint import Checkpoint, locate, model_name
 from sparseflow.core.converter import convert
 from sparseflow.errors import BadRequest
 from sparseflow.store.manifest import FORMAT_VERSION, MANIFEST_NAME
-
-
-def sparseflow_home() -> Path:
-    """Where converted stores are kept: `$SPARSEFLOW_HOME`, else `sparseflow` in the user's cache directory."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SPARSEFLOW_HOME") or f"{cache}/sparseflow").expanduser()
+from sparseflow.utils.home import sparseflow_home
 
 
 def find_or_convert(

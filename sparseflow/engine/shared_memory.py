@@ -68,11 +68,14 @@ class SharedMemory:
         self._close()
 
 
-def read_into(memory: NDArray[np.uint8], path: Path, entry: FileEntry) -> None:
+def read_into(
+    memory: NDArray[np.uint8], path: Path, entry: FileEntry, *, require: Callable[[], None] = lambda: None
+) -> None:
     """Copy a file and compare its checksum. Its pages do not stay in the page cache, where they would count twice.
 
     Args:
         memory: (entry.nbytes,) uint8.
+        require: called now and then, to raise what ends this early.
 
     Raises:
         DiskError: it cannot be read. ShardCorrupt: it is not what the manifest says.
@@ -82,6 +85,7 @@ def read_into(memory: NDArray[np.uint8], path: Path, entry: FileEntry) -> None:
     try:
         with open(path, "rb", buffering=0) as file:
             while done < len(memory):
+                require()
                 n = file.readinto(memory[done : done + _CHUNK_NBYTES].data)
                 if not n:
                     break

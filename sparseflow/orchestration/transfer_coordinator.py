@@ -18,7 +18,7 @@ from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles, WeightSource
 from sparseflow.engine.counts import FetchCounts
 from sparseflow.engine.memory_plan import DENSE_PART_NBYTES
-from sparseflow.errors import BadRequest
+from sparseflow.errors import ArenaBusy, BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
 from sparseflow.kernels.sparse_mlp import sparse_mlp
 from sparseflow.orchestration.density import Crossover, MeasuredCrossover, Trial
@@ -138,7 +138,7 @@ class TransferCoordinator:
             raise BadRequest("gradients: sparse layers have none; use torch.no_grad(), or the dense checkpoint")
         wide = x.float().contiguous()
         ids = self._choose(layer, wide)
-        y, n_active = self._dense(layer, x) if ids is None else self._sparse(layer, ids, wide, hidden)
+        y, n_active = self._computed(layer, ids, x, wide, hidden)
         fetches = self._fetches_since_last_step()
         if fetches is not None and len(x) <= _TOKENS_AT_ONCE:
             self.lookahead.note(self._scoring_s, fetches.misses + fetches.hinted)
@@ -150,6 +150,18 @@ class TransferCoordinator:
             if fetches is not None:
                 counts.fetches = (counts.fetches or FetchCounts()) + fetches
         return y.to(x.dtype)
+
+    def _computed(
+        self, layer: int, ids: NDArray[np.uint32] | None, x: Tensor, wide: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, int]:
+        """Once more where a server with a smaller arena has taken the place of the one that the step began with."""
+        while True:
+            limit = self.source.fetch_limit
+            try:
+                return self._dense(layer, x) if ids is None else self._sparse(layer, ids, wide, hidden)
+            except ArenaBusy:
+                if self.source.fetch_limit >= limit:
+                    raise
 
     def _fetches_since_last_step(self) -> FetchCounts | None:
         counted = self.source.counts()

@@ -18,7 +18,6 @@ from transformers import OPTConfig
 from sparseflow.core import store_home
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.converter import convert
-from sparseflow.core.store_home import sparseflow_home
 from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.errors import (
     BadRequest,
@@ -30,6 +29,7 @@ from sparseflow.errors import (
 )
 from sparseflow.store.manifest import DENSE_NAME, MANIFEST_NAME, Manifest, check_content, predictor_name, shard_name
 from sparseflow.store.shard_format import read_places
+from sparseflow.utils.home import sparseflow_home
 
 EVERY_FILE = (DENSE_NAME, shard_name(0), shard_name(1), predictor_name(1), "config.json", "generation_config.json")
 

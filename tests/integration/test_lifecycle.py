@@ -108,10 +108,10 @@ from sparseflow_daemon.__main__ import main
 
 go_on, read_into = Path(os.environ["GO_ON"]), served_model.read_into
 
-def read_late(*arguments):
+def read_late(*arguments, **options):
     while not go_on.exists():
         time.sleep(0.01)
-    read_into(*arguments)
+    read_into(*arguments, **options)
 
 served_model.read_into = read_late
 sys.exit(main())
@@ -161,7 +161,6 @@ def test_who_waits_for_a_model_that_cannot_be_loaded_is_told_why(slow_server: Sl
     assert slow_server.process.end() == EXIT_OK
 
 
-@pytest.mark.xfail(strict=True, reason="Server.close waits for the loader")
 def test_a_server_that_loads_ends_as_soon_as_it_is_told(slow_server: SlowServer) -> None:
     assert slow_server.process.end(timeout_s=2) == EXIT_OK
 
@@ -303,7 +302,6 @@ def ended(host: Host, *stores: Path, **options: object) -> tuple[int, list[str]]
     return code, server.log().splitlines()
 
 
-@pytest.mark.xfail(strict=True, reason="both convert and the server say so")
 def test_a_store_that_does_not_exist_is_named(host: Host, tmp_path: Path) -> None:
     code, lines = ended(host, tmp_path / "nowhere")
     assert code == EXIT_FAILED

@@ -354,7 +354,6 @@ def test_wrong_neurons_are_refused_by_name_and_do_not_cost_the_session(server: S
         assert len(server.status()["sessions"]) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="replies that nobody reads fill the line, which is shut then")
 def test_fetches_that_nobody_waits_for_do_not_cost_the_session(server: ServerProcess, shards: ServedShards) -> None:
     ids = np.arange(3, dtype=np.uint32)
     with WeightClient("s") as client:
