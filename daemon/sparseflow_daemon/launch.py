@@ -40,19 +40,28 @@ def launch(arguments: Sequence[str], name: str, timeout_s: float = 600.0) -> dic
             stderr=output,
             start_new_session=True,
         )
+    try:
+        return _when_ready(process, directory, log, begin, timeout_s)
+    except BaseException:  # Ctrl-C too
+        process.terminate()
+        raise
+
+
+def _when_ready(
+    process: "subprocess.Popen[bytes]", directory: RunDirectory, log: Path, begin: int, timeout_s: float
+) -> dict[str, Any]:
+    """Its status. begin: where its words in the log begin."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ServerError(f"the server ended with exit code {process.returncode}; {log}:\n{_tail(log, begin)}")
         if directory.is_alive() and directory.owner() == process.pid:
-            status = ask_status(name)
+            status = ask_status(directory.name)
             if status["state"] == "degraded":
-                process.terminate()
                 raise ServerError(f"the server is degraded and was ended: {'; '.join(status['reasons'])}")
             if status["state"] == "ready":
                 return status
         time.sleep(_POLL_S)
-    process.terminate()
     raise ServerError(f"the server was not ready within {timeout_s:g} s and was ended; {log}:\n{_tail(log, begin)}")
 
 

@@ -136,7 +136,9 @@ class Server:
         if self.loader.is_alive():
             self.loader.join(_LOADER_TIMEOUT_S)
         if not self.loader.is_alive():
-            os.close(self._loaded_fd)
+            if self._loaded_fd >= 0:
+                os.close(self._loaded_fd)
+                self._loaded_fd = -1
             for model in self.models.values():
                 model.close()
 
