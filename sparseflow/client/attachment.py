@@ -7,8 +7,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from sparseflow.client.arena_view import ArenaView
 from sparseflow.client.shared_map import SharedMap
+from sparseflow.core.tensor_views import view_bundles
 from sparseflow.engine.mapping import Mapping
 from sparseflow.errors import NoAnswer, ProtocolMismatch, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Attach, Detach, ErrorReply, Welcome
@@ -56,7 +56,8 @@ class Attachment:
             self.regions = {region["name"]: region for region in answer.regions}
             self.descriptors = dict(zip(self.regions, descriptors, strict=True))
             self.profile = ModelProfile(**answer.profile)
-            self.arena = ArenaView(self.mapped("arena", changes=True), self.profile)
+            self.bundles = view_bundles(self.mapped("arena", changes=True).content, self.profile)
+            """(n_slots, 2, hidden), the store's dtype: the arena of this run of the server. Not to be written to."""
             counters = Mapping(self.descriptors["counters"], self.regions["counters"]["nbytes"], writable=True)
             self.counters = SessionCounters(counters.content)
             self.sock.settimeout(None)  # from now on it is only looked at, without waiting

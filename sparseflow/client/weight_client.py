@@ -147,7 +147,8 @@ class WeightClient:
         if layer == 0 and self.attachment.welcome.is_resident and self.attachment.has_ended():
             self._look_for_successor()
         if self.attachment.welcome.is_resident:
-            return MappedFetch(HostBundles(self.attachment.arena.layer(layer), ids))
+            first = layer * self.profile.ffn_dimension
+            return MappedFetch(HostBundles(self.attachment.bundles[first : first + self.profile.ffn_dimension], ids))
         return ServedFetch(self, layer, ids)
 
     def counts(self) -> FetchCounts:
@@ -318,7 +319,7 @@ class ServedFetch:
             is_there = np.ones(len(self._slots), bool)
             is_there[self._missing] = False
             positions = is_there.nonzero()[0]
-        return Early(HostBundles(self._line.attachment.arena.base, self._slots[positions]), positions)
+        return Early(HostBundles(self._line.attachment.bundles, self._slots[positions]), positions)
 
     def wait(self, timeout_s: float) -> HostBundles:
         """As `Fetch.wait`."""
@@ -326,7 +327,7 @@ class ServedFetch:
         while not self._is_ready or self._slots is None:
             self._hear(begin_s + timeout_s)
         self._client.note_wait(time.monotonic() - begin_s)
-        return HostBundles(self._line.attachment.arena.base, self._slots)
+        return HostBundles(self._line.attachment.bundles, self._slots)
 
     def release(self) -> None:
         """As `Fetch.release`; told with the next request, after the last layer at once."""
@@ -370,7 +371,7 @@ class ServedFetch:
             self._ask_successor()
             return
         if self._slots is None:
-            self._slots = self._checked(reply.slots, len(self._line.attachment.arena.base))
+            self._slots = self._checked(reply.slots, len(self._line.attachment.bundles))
             if len(self._slots) != len(self._ids):
                 raise ServerError(f"the server leased {len(self._slots)} slots for {len(self._ids)} neurons")
         if isinstance(reply, NeuronsLeased):

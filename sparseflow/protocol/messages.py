@@ -170,7 +170,7 @@ class NeuronsLeased:
     counts: of this session, TOLD_COUNTS.
     """
 
-    KIND: ClassVar[int] = 23
+    KIND: ClassVar[int] = 22
     request_id: int
     epoch: int
     slots: bytes

@@ -20,7 +20,6 @@ from sparseflow.client import line as line_module
 from sparseflow.client.attachment import Attachment
 from sparseflow.client.line import Line
 from sparseflow.engine.shared_memory import SharedMemory
-from sparseflow.engine.slot_table import SlotTable
 from sparseflow.errors import NoAnswer, ServerError, ServerNotRunning, SparseFlowError
 from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.messages import (
@@ -58,7 +57,6 @@ class ServerByHand:
         self._listener.listen(8)
         self.token = os.urandom(16)
         self.arena = SharedMemory("arena", N_SLOTS * PROFILE.bundle_nbytes)
-        self.table = SlotTable(PROFILE.num_layers, PROFILE.ffn_dimension, N_SLOTS, shared=True)
         self.counters = SharedMemory("counters", COUNTERS_NBYTES, others_may_write=True)
         self._open: list[socket.socket] = []
         self.session: socket.socket | None = None
@@ -75,8 +73,7 @@ class ServerByHand:
         self.session = self.take_connection()
         message, _ = receive_packet(self.session)
         assert isinstance(message, Attach)
-        assert self.table.memory is not None
-        memories = {"arena": self.arena, "table": self.table.memory, "counters": self.counters}
+        memories = {"arena": self.arena, "counters": self.counters}
         welcome = Welcome(
             epoch=EPOCH,
             session=self.token,
@@ -115,7 +112,7 @@ class ServerByHand:
 
     def close(self) -> None:
         self.stop()
-        for memory in (self.arena, self.table, self.counters):
+        for memory in (self.arena, self.counters):
             memory.close()
 
 

@@ -5,7 +5,7 @@ import re
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,15 @@ from sparseflow_daemon.sessions import Session
 from sparseflow.engine import read_queue
 from sparseflow.engine.engine import Engine
 from sparseflow.errors import BadRequest, DiskError, SparseFlowError
-from sparseflow.protocol.messages import TOLD_COUNTS, AcquireNeurons, ErrorReply, HintNeurons, Message, NeuronsReady
+from sparseflow.protocol.messages import (
+    TOLD_COUNTS,
+    AcquireNeurons,
+    ErrorReply,
+    HintNeurons,
+    Message,
+    NeuronsLeased,
+    NeuronsReady,
+)
 
 EPOCH = 4711
 DEADLINE_S = 20.0
@@ -75,13 +83,14 @@ class Served:
 
 @dataclass
 class Asked:
-    """A request and all that was sent for it. kept: for as long as its lease is held."""
+    """A request and all that was sent for it: where something had to be read first `leased`, and then one reply."""
 
     session: Session
     line: bytes
     request: AcquireNeurons
     ids: Ids
     replies: list[Message] = field(default_factory=list)
+    leased: NeuronsLeased | None = None
     is_released: bool = False
     is_forgotten: bool = False
     was_taken: bool = True
@@ -91,7 +100,7 @@ class Asked:
     def slots(self) -> Ids:
         (reply,) = self.replies
         assert isinstance(reply, NeuronsReady), reply
-        return np.frombuffer(reply.slots, "<u4")
+        return np.frombuffer((self.leased or reply).slots, "<u4")
 
     @property
     def code(self) -> str:
@@ -188,14 +197,31 @@ class Desk:
 
     # what the server's loop does
 
-    def deliver(self, out: list[tuple[bytes, Message]]) -> None:
+    def deliver(self, out: Iterable[tuple[bytes, Message]]) -> None:
         for line, message in out:
-            assert isinstance(message, NeuronsReady | ErrorReply)
+            assert isinstance(message, NeuronsLeased | NeuronsReady | ErrorReply)
             assert message.epoch == EPOCH
             asked = self.asked[line, message.request_id]
             assert not asked.replies, f"a second reply to {asked.request}"
             assert not asked.is_forgotten, "a reply to whoever is gone"
+            if isinstance(message, NeuronsLeased):
+                assert asked.leased is None, "it knows that"
+                self.check_leased(asked, message)
+                asked.leased = message
+                continue
+            if isinstance(message, NeuronsReady) and asked.leased:
+                assert (message.slots, message.counts) == (b"", []), "it knows that"
             asked.replies.append(message)
+
+    def check_leased(self, asked: Asked, message: NeuronsLeased) -> None:
+        """What is not said to be missing is there."""
+        slots, missing = np.frombuffer(message.slots, "<u4"), np.frombuffer(message.missing, "<u4")
+        assert len(slots) == len(asked.ids)
+        assert 0 < len(missing) <= len(slots)
+        assert (missing[1:] > missing[:-1]).all()
+        here = np.delete(np.arange(len(slots)), missing)
+        content = self.shards.content(asked.request.layer, asked.ids[here])
+        assert np.array_equal(self.engine.slots[slots[here]], content)
 
     def progress(self) -> None:
         """As when the event comes."""
@@ -305,11 +331,31 @@ def test_absent_bundles_are_answered_when_they_have_come(open_desk: OpenDesk, sh
     desk.check()
 
 
+def test_where_bundles_will_lie_and_which_are_missing_is_told_at_once(
+    open_desk: OpenDesk, shards: Shards, disk: HeldDisk
+) -> None:
+    desk = open_desk(shards, 60, 20)
+    before = desk.done(desk.acquire(1, neurons(5, 9)))
+    desk.release(before)
+    disk.hold()
+    asked = desk.acquire(1, neurons(3, 5, 9, 60))
+    assert asked.leased is not None
+    assert np.frombuffer(asked.leased.missing, "<u4").tolist() == [0, 3]
+    assert np.frombuffer(asked.leased.slots, "<u4")[1:3].tolist() == before.slots.tolist()
+    desk.progress()
+    assert asked.is_open
+    disk.let_go()
+    assert len(desk.done(asked).slots) == 4
+    assert told(asked)["misses"] == 2 + 2
+    assert told(asked)["hits"] == 2
+
+
 def test_bundles_that_are_there_are_answered_at_once(open_desk: OpenDesk, shards: Shards, disk: HeldDisk) -> None:
     desk = open_desk(shards, 60, 20)
     before = desk.done(desk.acquire(1, neurons(3, 7, 60)))
     disk.hold()
     again = desk.acquire(1, neurons(3, 60))
+    assert again.leased is None
     assert again.slots.tolist() == before.slots[[0, 2]].tolist()
 
 
@@ -701,7 +747,7 @@ def test_hinted_bundles_are_read_without_a_lease(open_desk: OpenDesk, shards: Sh
 def told(asked: Asked) -> dict[str, int]:
     (reply,) = asked.replies
     assert isinstance(reply, NeuronsReady)
-    return dict(zip(TOLD_COUNTS, reply.counts, strict=True))
+    return dict(zip(TOLD_COUNTS, (asked.leased or reply).counts, strict=True))
 
 
 def test_counts_told_are_those_of_the_session(open_desk: OpenDesk, shards: Shards) -> None:

@@ -177,7 +177,7 @@ def test_fetch_of_nothing_is_ready(open_engine: OpenEngine, intact: Shards) -> N
     engine.hint(0, neurons())
 
 
-def test_early_gives_what_is_there_while_the_rest_is_read(
+def test_a_fetch_knows_its_slots_and_which_are_filled_while_the_rest_is_read(
     open_engine: OpenEngine, intact: Shards, slow_disk: SlowDisk
 ) -> None:
     engine = open_engine(intact, 20)
@@ -185,23 +185,25 @@ def test_early_gives_what_is_there_while_the_rest_is_read(
     fetched(engine, 1, neurons(5, 60))
     slow_disk.delay_s = 0.3
     fetch = engine.fetch(1, ids)
-    positions, slots = engine.early(fetch)
-    assert positions.tolist() == [1, 4]
-    assert np.array_equal(engine.slots[slots], intact.content(1, ids[positions]))
-    all_slots = engine.wait(fetch, DEADLINE_S)
-    assert all_slots[positions].tolist() == slots.tolist()
-    assert engine.early(fetch)[0].tolist() == [0, 1, 2, 3, 4]
+    leased = engine.leased(fetch)
+    assert leased is not None
+    slots, are_filled = leased
+    assert are_filled.tolist() == [False, True, False, False, True]
+    assert np.array_equal(engine.slots[slots[are_filled]], intact.content(1, ids[are_filled]))
+    assert engine.wait(fetch, DEADLINE_S).tolist() == slots.tolist()
+    leased = engine.leased(fetch)
+    assert leased is not None
+    assert leased[1].all()
     engine.release(fetch)
-    assert len(engine.early(fetch)[0]) == 0
+    assert engine.leased(fetch) is None
 
 
-def test_nothing_is_early_for_a_fetch_that_waits_for_slots(open_engine: OpenEngine, intact: Shards) -> None:
+def test_a_fetch_that_waits_for_slots_leases_none(open_engine: OpenEngine, intact: Shards) -> None:
     engine = open_engine(intact, 8)
     holder = engine.fetch(0, np.arange(8, dtype=np.uint32))
     engine.wait(holder, DEADLINE_S)
     late = engine.fetch(0, neurons(1, 9))
-    positions, slots = engine.early(late)
-    assert len(positions) == len(slots) == 0
+    assert engine.leased(late) is None
     engine.release(late)
     engine.release(holder)
 

@@ -17,8 +17,6 @@ from shards import BUNDLE_SIZES, Shards, neurons, some_ids
 
 from sparseflow.engine import read_queue
 from sparseflow.engine.engine import Engine
-from sparseflow.engine.shared_memory import SharedMemory
-from sparseflow.engine.slot_table import ABSENT, is_filled, table_nbytes, table_views
 from sparseflow.errors import BadRequest, DiskError, ShardCorrupt
 
 IO = ("direct", "buffered", "map")
@@ -309,66 +307,6 @@ def test_closed_engine_collects_nothing_and_says_so(intact: Shards, nothing_left
     with pytest.raises(BadRequest, match="closed"):
         loop.engine.collect()
     loop.engine.release(fetch)
-
-
-# --- where bundles lie
-
-
-def table_of(memory: SharedMemory, shards: Shards, n_slots: int) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
-    """slot_of and turn_of as another process sees them, which has only the descriptor."""
-    assert memory.nbytes == table_nbytes(shards.n_layers, shards.ffn_dim, n_slots)
-    mapping = mmap.mmap(memory.fd, memory.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
-    return table_views(mapping, shards.n_layers, shards.ffn_dim)
-
-
-@all_io
-def test_table_tells_others_where_bundles_lie_and_which_slots_are_filled(
-    open_loop: OpenLoop, intact: Shards, rng: np.random.Generator, io: str
-) -> None:
-    loop = open_loop(intact, 50, io, shared=True)
-    assert loop.engine.table.memory is not None
-    slot_of, turn_of = table_of(loop.engine.table.memory, intact, 50)
-    assert (slot_of == ABSENT).all()
-    for _ in range(30):
-        layer, ids = int(rng.integers(3)), some_ids(rng, intact.ffn_dim, int(rng.integers(0, 25)))
-        fetch = loop.engine.fetch(layer, ids)
-        slots = loop.end_of(fetch)
-        assert isinstance(slots, np.ndarray)
-        assert slot_of[layer, ids].tolist() == slots.tolist()
-        assert is_filled(turn_of[slots]).all()
-        loop.engine.release(fetch)
-    where = np.argwhere(slot_of != ABSENT)
-    assert len(where) == len(np.unique(slot_of[slot_of != ABSENT])) == loop.engine.state().n_resident
-    for layer, id_ in where.tolist():
-        assert np.array_equal(loop.engine.slots[slot_of[layer, id_]], intact.content(layer, neurons(id_))[0])
-
-
-def test_slot_is_not_filled_while_it_is_read_into(open_loop: OpenLoop, intact: Shards, disk: HeldDisk) -> None:
-    loop = open_loop(intact, 4, shared=True)
-    turn_of, slot_of = loop.engine.table.turn_of, loop.engine.table.slot_of
-    before = turn_of.copy()
-    disk.hold()
-    fetch = loop.engine.fetch(0, neurons(7))
-    slot = slot_of[0, 7]
-    assert not is_filled(turn_of[[slot]])[0]
-    disk.let_go()
-    loop.end_of(fetch)
-    assert is_filled(turn_of[[slot]])[0]
-    assert turn_of[slot] == before[slot] + 2
-    assert (np.delete(turn_of, slot) == np.delete(before, slot)).all()
-
-
-def test_bundle_that_failed_is_told_to_be_nowhere(tmp_path: Path, open_loop: OpenLoop) -> None:
-    shards = Shards(tmp_path / "store")
-    loop = open_loop(shards, 4, shared=True)
-    with shards.flipped(1, 7):
-        loop.end_of(loop.engine.fetch(1, neurons(7)))
-    assert loop.engine.table.slot_of[1, 7] == ABSENT
-    assert is_filled(loop.engine.table.turn_of).all(), "nothing is under way"
-
-
-def test_table_is_of_this_process_alone_unless_the_arena_is_shared(open_loop: OpenLoop, intact: Shards) -> None:
-    assert open_loop(intact, 4).engine.table.memory is None
 
 
 # --- how it stands

@@ -214,9 +214,11 @@ class Checker:
         for n, fetch in model.fetches.items():
             assert (n in model.answers) == fetch.is_ready, "an answer for what is not ready, or none"
             here = [i for i, bundle in enumerate(fetch.bundles) if fetch.is_granted and bundle not in model.loading]
-            positions, slots = residency.arrived(n)
-            assert positions.tolist() == here
-            assert slots.tolist() == [model.slot_of[fetch.bundles[i]] for i in here]
+            leased = residency.leased(n)
+            assert (leased is not None) == fetch.is_granted
+            if leased is not None:
+                assert leased[0].tolist() == [model.slot_of[bundle] for bundle in fetch.bundles]
+                assert leased[1].nonzero()[0].tolist() == here
 
     def check_resident(self, n_layers: int, ffn_dim: int) -> None:
         for layer in range(n_layers):

@@ -13,7 +13,7 @@ import zmq
 from sparseflow.client.attachment import ALWAYS_EXPECTED
 from sparseflow.errors import ServerNotRunning
 from sparseflow.protocol.codec import decode, encode
-from sparseflow.protocol.messages import AcquireNeurons, Attach, Join, Message, Welcome
+from sparseflow.protocol.messages import AcquireNeurons, Attach, Join, Message, NeuronsLeased, Welcome
 from sparseflow.protocol.packets import receive_packet
 from sparseflow.protocol.run_directory import RunDirectory
 
@@ -89,6 +89,12 @@ class RawLine(Connection):
     def __init__(self, of: RawSession, **changed: Any) -> None:
         super().__init__()
         self.send(Join(**{"epoch": of.welcome.epoch, "session": of.welcome.session} | changed))
+
+    def reply(self) -> Message:
+        """What became of a request, after what may be said before it."""
+        while isinstance(message := self.receive(), NeuronsLeased):
+            pass
+        return message
 
 
 def attach(model: str = "", **expected: Any) -> Attach:

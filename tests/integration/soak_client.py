@@ -49,15 +49,13 @@ class Soak:
             seen_early = self._read(early.bundles)
             bundles = fetch.wait(FETCH_TIMEOUT_S)
             positions = early.positions
-            if bundles.early_held:
-                check(seen_early, expected[positions], layer, ids[positions], "when some were there")
+            check(seen_early, expected[positions], layer, ids[positions], "when some were there")
             check(self._read(bundles), expected, layer, ids, "when all were there")
             if rng.random() < 0.3:
                 time.sleep(float(rng.uniform(0, 0.01)))
             check(self._read(bundles), expected, layer, ids, "before they were released")
         with self._lock:
-            self.seen.update(fetches=1, bundles=len(ids), late=len(ids) - len(positions))
-            self.seen.update(early=len(positions) * bundles.early_held, not_held=not bundles.early_held)
+            self.seen.update(fetches=1, bundles=len(ids), early=len(positions), late=len(ids) - len(positions))
 
     def _read(self, bundles: HostBundles) -> NDArray[np.uint8]:
         """(n, bundle_nbytes): as they are now."""

@@ -176,7 +176,7 @@ def test_more_than_the_share_together_waits_for_leases_and_is_refused_after_its_
     assert f"no slots within 0.2 s, this session leases {SHARE} of its {SHARE}" in refusal.text
     line.send(session.acquire(3, neurons(1), layer=1))
     line.send(ReleaseLeases(session.welcome.epoch, [1]))
-    assert isinstance(reply := line.receive(), NeuronsReady)
+    assert isinstance(reply := line.reply(), NeuronsReady)
     assert reply.request_id == 3
 
 
@@ -266,7 +266,7 @@ def test_junk_on_a_line_is_answered_once(
         line.send(packet)
         assert_refused(line, "bad_request", "protocol_mismatch", request_id=5 if what == "fields of other types" else 0)
         line.send(session.acquire(n, neurons(n), released=[n - 1]))
-        assert isinstance(reply := line.receive(), NeuronsReady), what
+        assert isinstance(reply := line.reply(), NeuronsReady), what
         assert reply.request_id == n
     assert_serves(server, shards)
 
@@ -278,7 +278,7 @@ def test_deep_nesting_on_a_line_is_answered_once(
         line.send(packet)
         assert_refused(line, "bad_request", "protocol_mismatch")
         line.send(session.acquire(n, neurons(n), released=[n - 1]))
-        assert isinstance(line.receive(), NeuronsReady)
+        assert isinstance(line.reply(), NeuronsReady)
     assert_serves(server, shards)
 
 
@@ -305,14 +305,14 @@ def test_a_request_id_that_is_in_use_is_refused_and_leaves_no_lease(
     session: RawSession, line: RawLine, server: ServerProcess, shards: ServedShards
 ) -> None:
     line.send(session.acquire(1, neurons(*range(SHARE))))
-    assert isinstance(line.receive(), NeuronsReady)
+    assert isinstance(line.reply(), NeuronsReady)
     line.send(session.acquire(1, neurons(1)))
     assert_refused(line, "bad_request", request_id=1)
     line.send(session.acquire(2, neurons(1)))  # it waits
     line.send(session.acquire(2, neurons(2)))
     assert_refused(line, "bad_request", request_id=2)
     line.send(ReleaseLeases(session.welcome.epoch, [1]))
-    assert isinstance(line.receive(), NeuronsReady)
+    assert isinstance(line.reply(), NeuronsReady)
     line.send(ReleaseLeases(session.welcome.epoch, [2]))
     until(lambda: server.status()["arena"]["leased"] == 0, 2)
     assert_serves(server, shards)
@@ -330,7 +330,7 @@ def test_a_notice_is_never_answered(session: RawSession, line: RawLine) -> None:
     ):
         line.send(notice)
     line.send(session.acquire(1, neurons(1)))
-    assert isinstance(line.receive(), NeuronsReady)
+    assert isinstance(line.reply(), NeuronsReady)
 
 
 def test_a_wrong_hint_does_not_cost_the_session(server: ServerProcess) -> None:
@@ -440,7 +440,7 @@ for _ in range(given["n_times"]):
     hear()
     with RawLine(session) as line:  # it has the first one's number in the server now
         line.send(session.acquire(1, bytes(4)))
-        assert isinstance(line.receive(), NeuronsReady)
+        assert isinstance(line.reply(), NeuronsReady)
         tell("stop the server")
         hear()
         session.close()

@@ -144,6 +144,7 @@ WIRE = {
     19: ("NeuronsReady", "request_id epoch slots counts"),
     20: ("StatusReply", "request_id epoch content"),
     21: ("ErrorReply", "request_id epoch code text"),
+    22: ("NeuronsLeased", "request_id epoch slots missing counts"),
 }
 
 
