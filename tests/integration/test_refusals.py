@@ -168,7 +168,7 @@ def test_more_than_the_share_together_waits_for_leases_and_is_refused_after_its_
     session: RawSession, line: RawLine
 ) -> None:
     line.send(session.acquire(1, neurons(*range(SHARE))))
-    assert line.receive().request_id == 1
+    assert line.reply().request_id == 1
     line.send(session.acquire(2, neurons(1), layer=1, timeout_s=0.2))
     refusal = line.receive()
     assert isinstance(refusal, ErrorReply)
