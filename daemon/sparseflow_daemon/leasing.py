@@ -45,17 +45,15 @@ class Leasing:
         self.last_error: str | None = None
 
     def acquire(self, session: Session, line: bytes, request: AcquireNeurons) -> list[Outgoing]:
-        """Replies to this request, and to those that wait for what it releases."""
-        out: list[Outgoing] = []
+        """Replies to this request, if there are any yet. What it releases is for `release`, afterwards."""
         try:
             lease = self._new_lease(session, line, request)
-            if not session.waiting and session.n_leased + len(lease.ids) <= self._model.fetch_limit:
-                out += self._begin(session, lease)  # before anything else, so that the disk is soon at work
-            else:
-                session.waiting.append(lease)
         except SparseFlowError as error:
-            out.append((line, self._refusal(session, request, error)))
-        return out + self.release(session, request.released)
+            return [(line, self._refusal(session, request, error))]
+        if not session.waiting and session.n_leased + len(lease.ids) <= self._model.fetch_limit:
+            return self._begin(session, lease)
+        session.waiting.append(lease)
+        return []
 
     def _new_lease(self, session: Session, line: bytes, request: AcquireNeurons) -> Lease:
         """

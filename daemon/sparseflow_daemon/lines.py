@@ -109,7 +109,8 @@ class Lines:
                 if self.is_draining:
                     leasing.release(session, message.released)
                     raise Draining("the server is ending; attach to its successor")
-                return leasing.acquire(session, key, message)
+                self.send(leasing.acquire(session, key, message))  # first of all: the client waits for it
+                return leasing.release(session, message.released)
             case HintNeurons():
                 leasing.hint(session, message)
                 return []

@@ -3,6 +3,7 @@
 Loading models is left to a thread, so that status is answered from the first moment on.
 """
 
+import gc
 import logging
 import os
 import secrets
@@ -191,6 +192,7 @@ class Server:
             session.sample()
         for greeting in [g for g in self._greetings if g.attach is None and g.deadline_s <= now]:
             self._dismiss(greeting)
+        gc.freeze()  # what is loaded stays, and need not be looked through again and again
         self._welcome_those_who_wait()
         self.on_tick()
 
@@ -207,6 +209,7 @@ class Server:
 
     def _on_loaded(self) -> None:
         os.eventfd_read(self._loaded_fd)
+        gc.freeze()  # what is loaded stays, and need not be looked through again and again
         self._welcome_those_who_wait()
         self.on_tick()
 

@@ -29,6 +29,7 @@ class Arena:
                 f"an arena of {n_slots} slots of {slot_nbytes} bytes: {error.strerror}; give less memory"
             ) from error
         self.slots: NDArray[np.uint8] = content.reshape(n_slots, slot_nbytes)
+        self._address = self.slots.ctypes.data
 
     def begin(self, slots: NDArray[np.integer]) -> None:
         """Before slots are filled, which are given out from the first on."""
@@ -42,8 +43,7 @@ class Arena:
 
     def addresses(self, slots: NDArray[np.integer]) -> NDArray[np.uint64]:
         """Where slots begin in memory, (n,) uint64."""
-        start, stride = self.slots.ctypes.data, self.slots.strides[0]
-        return np.asarray(start + slots.astype(np.int64) * stride, np.uint64)
+        return np.asarray(self._address + slots * self.slots.strides[0], np.uint64)
 
 
 def _private_memory(nbytes: int) -> NDArray[np.uint8]:

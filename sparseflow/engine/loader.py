@@ -20,6 +20,7 @@ _PAGE = 4096
 _LONGEST_SPAN_NBYTES = 64 << 10  # of reads that go through a cell
 _MOST_CELLS = 64
 _N_LATENCIES = 512
+_NO_CELLS = np.empty(0, np.int64)
 _NEVER_ENDED: "list[Loader]" = []
 _REMEDY = "remove the store and convert the model again"
 
@@ -108,15 +109,16 @@ class Loader:
             iovecs, first = np.zeros(len(plan), IOVEC), np.arange(len(plan) + 1)
             iovecs["nbytes"] = -(-end // self._alignment) * self._alignment - rows["offset"]
         rows["iovecs"] = iovecs.ctypes.data + first[:-1] * IOVEC.itemsize
-        rows["n_iovecs"] = np.diff(first)
+        rows["n_iovecs"] = first[1:] - first[:-1]
+        number = self._n_batches = self._n_batches + 1
+        rows["token"] = (number << 32) + np.arange(len(plan))
+        cells = _NO_CELLS if self._is_straight else np.zeros(len(plan), np.int64)
+        self._batches[number] = _Batch(load, plan, rows, iovecs, cells, time.monotonic())
+        self._not_begun.append(number)
+        self._begin_more()
         self.counts.reads += len(plan)
         self.counts.bytes_read += int(iovecs["nbytes"].sum())
         self.counts.bundles += len(load.ids)
-        number = self._n_batches = self._n_batches + 1
-        rows["token"] = (number << 32) + np.arange(len(plan))
-        self._batches[number] = _Batch(load, plan, rows, iovecs, np.zeros(len(plan), np.int64), time.monotonic())
-        self._not_begun.append(number)
-        self._begin_more()
 
     def wait(self, timeout_s: float) -> None:
         """Wait until reads have ended: a good part of those that somebody waits for. `collect` says which."""

@@ -140,7 +140,8 @@ class AioQueue:
         """As `ReadQueue.submit`."""
         if self._event_fd is not None:
             reads["flags"], reads["event_fd"] = _EVENT_FD_FLAG, self._event_fd
-        addresses = reads.ctypes.data + READ.itemsize * np.arange(len(reads), dtype=np.uint64)
+        start = reads.ctypes.data
+        addresses = np.arange(start, start + reads.nbytes, READ.itemsize, dtype=np.uint64)
         pointer = ctypes.c_void_p(addresses.ctypes.data)
         taken = _libc.syscall(ctypes.c_long(self._submit), self._context, ctypes.c_long(len(reads)), pointer)
         if taken >= 0:

@@ -171,6 +171,7 @@ class Desk:
             each.is_released = True
         try:
             self.deliver(self.leasing.acquire(session, asked.line, request))
+            self.deliver(self.leasing.release(session, request.released))
         except SparseFlowError as error:  # the server sends it as the reply
             asked.was_taken = False
             self.deliver([(asked.line, ErrorReply(number, EPOCH, error.wire_code, str(error)))])
