@@ -3,11 +3,13 @@
 import gc
 import os
 import secrets
+import tempfile
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from server_by_hand import ServerByHand
 
 
 @pytest.fixture
@@ -26,3 +28,13 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
     assert set(threading.enumerate()) <= threads
     assert set(os.listdir("/proc/self/fd")) <= descriptors
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerByHand]:
+    """A server of a test's own, in a runtime directory of its own."""
+    with tempfile.TemporaryDirectory(prefix="sf-") as folder:
+        monkeypatch.setenv("SPARSEFLOW_RUNTIME_DIR", folder)
+        made = ServerByHand()
+        yield made
+        made.close()

@@ -1,156 +1,45 @@
 """One thread's connection to a server, against one made by hand: what is sent, who gets which reply, and every end."""
 
 import itertools
-import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from server_by_hand import (
+    DEADLINE_S,
+    EPOCH,
+    PROFILE,
+    ServerByHand,
+    came,
+    ids,
+    leased,
+    read,
+    ready,
+    says_nothing,
+    soon,
+)
 
 from sparseflow.client import line as line_module
 from sparseflow.client.attachment import Attachment
 from sparseflow.client.line import Line
-from sparseflow.engine.shared_memory import SharedMemory
 from sparseflow.errors import NoAnswer, ServerError, ServerNotRunning, SparseFlowError
 from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.messages import (
     AcquireNeurons,
-    Attach,
     Detached,
     ErrorReply,
     HintNeurons,
-    Join,
     Message,
+    NeuronsLeased,
     NeuronsReady,
     ReleaseLeases,
-    Welcome,
 )
-from sparseflow.protocol.packets import receive_packet, send_packet
-from sparseflow.protocol.run_directory import RunDirectory
-from sparseflow.protocol.session_counters import COUNTERS_NBYTES
-from sparseflow.store.profile import ModelProfile
-
-EPOCH = 2**62 + 1
-N_SLOTS = 12
-DEADLINE_S = 10.0
-PROFILE = ModelProfile("by-hand", 64, 16, 2, 1, 8, 8, dtype="float16")
-
-
-class ServerByHand:
-    """Sockets of a server. What it says is said by the test, in its own thread: nothing here waits without end."""
-
-    def __init__(self) -> None:
-        directory = RunDirectory.of("by-hand")
-        directory.path.mkdir(mode=0o700)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.settimeout(DEADLINE_S)
-        self._listener.bind(str(directory.attach_socket))
-        self._listener.listen(8)
-        self.token = os.urandom(16)
-        self.arena = SharedMemory("arena", N_SLOTS * PROFILE.bundle_nbytes)
-        self.counters = SharedMemory("counters", COUNTERS_NBYTES, others_may_write=True)
-        self._open: list[socket.socket] = []
-        self.session: socket.socket | None = None
-
-    def attach(self) -> Attachment:
-        """A session of this process."""
-        welcoming = threading.Thread(target=self._welcome)
-        welcoming.start()
-        attachment = Attachment("by-hand", "", {}, DEADLINE_S)
-        welcoming.join(DEADLINE_S)
-        return attachment
-
-    def _welcome(self) -> None:
-        self.session = self.take_connection()
-        message, _ = receive_packet(self.session)
-        assert isinstance(message, Attach)
-        memories = {"arena": self.arena, "counters": self.counters}
-        welcome = Welcome(
-            epoch=EPOCH,
-            session=self.token,
-            server_pid=os.getpid(),
-            model="by-hand",
-            profile=asdict(PROFILE),
-            identity={},
-            regions=[{"name": name, "nbytes": memory.nbytes, "parts": {}} for name, memory in memories.items()],
-            is_resident=False,
-            n_slots=N_SLOTS,
-            fetch_limit=N_SLOTS,
-            layer_s=0.0,
-            scattered_s=0.0,
-            io="buffered",
-            disk_bytes_per_s=1.0,
-            strategy={},
-        )
-        send_packet(self.session, welcome, [memory.fd for memory in memories.values()])
-
-    def take_connection(self) -> socket.socket:
-        sock, _ = self._listener.accept()
-        sock.settimeout(DEADLINE_S)
-        self._open.append(sock)
-        return sock
-
-    def take_line(self) -> socket.socket:
-        """The server's end of a line that has just been opened."""
-        sock = self.take_connection()
-        assert read(sock) == Join(EPOCH, self.token)
-        return sock
-
-    def stop(self) -> None:
-        """As when it ends: nothing is there any more."""
-        for sock in (*self._open, self._listener):
-            sock.close()
-
-    def close(self) -> None:
-        self.stop()
-        for memory in (self.arena, self.counters):
-            memory.close()
-
-
-def read(sock: socket.socket) -> Message:
-    message, descriptors = receive_packet(sock)
-    assert descriptors == []
-    return message
-
-
-def says_nothing(sock: socket.socket) -> bool:
-    sock.settimeout(0.05)
-    try:
-        return not sock.recv(1, socket.MSG_PEEK)
-    except TimeoutError:
-        return True
-    finally:
-        sock.settimeout(DEADLINE_S)
-
-
-def ready(request_id: int, *slots: int, counts: list[int] | None = None) -> NeuronsReady:
-    return NeuronsReady(request_id, EPOCH, np.array(slots, "<u4").tobytes(), counts or [0] * 9)
-
-
-def ids(*numbers: int) -> NDArray[np.uint32]:
-    return np.array(numbers, np.uint32)
-
-
-def soon(seconds: float = DEADLINE_S) -> float:
-    return time.monotonic() + seconds
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerByHand]:
-    with tempfile.TemporaryDirectory(prefix="sf-") as folder:
-        monkeypatch.setenv("SPARSEFLOW_RUNTIME_DIR", folder)
-        made = ServerByHand()
-        yield made
-        made.close()
 
 
 @pytest.fixture
@@ -294,6 +183,39 @@ def test_error_is_a_reply_too(opened: Opened) -> None:
     assert not line.attachment.is_over
 
 
+def test_request_is_told_where_its_bundles_lie_and_then_that_the_missing_ones_came(opened: Opened) -> None:
+    line, far = opened
+    number = line.acquire(1, ids(2, 5), 1.0)
+    far.send(encode(leased(number, [7, 3], [1])))
+    assert line.reply(number, soon()) == leased(number, [7, 3], [1])
+    with pytest.raises(NoAnswer):
+        line.reply(number, soon(0.05))
+    far.send(encode(came(number)))
+    assert line.reply(number, soon()) == came(number)
+
+
+def test_both_parts_of_replies_reach_their_requests_in_their_order(opened: Opened, rng: np.random.Generator) -> None:
+    line, far = opened
+    numbers = [line.acquire(0, ids(n), 1.0) for n in range(12)]
+    for number in rng.permutation(numbers).tolist():
+        far.send(encode(leased(number, [number % 12], [0])))
+    for number in rng.permutation(numbers).tolist():
+        far.send(encode(came(number)))
+    for number in rng.permutation(numbers).tolist():
+        assert line.reply(number, soon()) == leased(number, [number % 12], [0])
+        assert line.reply(number, soon()) == came(number)
+
+
+def test_error_may_follow_where_bundles_were_leased(opened: Opened) -> None:
+    line, far = opened
+    number = line.acquire(1, ids(2, 5), 1.0)
+    error = ErrorReply(number, EPOCH, "shard_corrupt", "layer 1, neuron 5")
+    far.send(encode(leased(number, [7, 3], [1])))
+    far.send(encode(error))
+    assert isinstance(line.reply(number, soon()), NeuronsLeased)
+    assert line.reply(number, soon()) == error
+
+
 def test_replies_in_any_order_reach_their_requests(opened: Opened, rng: np.random.Generator) -> None:
     line, far = opened
     numbers = [line.acquire(0, ids(n), 1.0) for n in range(12)]
@@ -328,6 +250,34 @@ def test_reply_that_came_before_its_request_was_given_up_is_dropped(opened: Open
     assert not line._replies
 
 
+def test_rest_of_a_reply_whose_request_was_given_up_is_dropped(opened: Opened) -> None:
+    line, far = opened
+    given_up, wanted = line.acquire(0, ids(1), 1.0), line.acquire(0, ids(2), 1.0)
+    far.send(encode(leased(given_up, [3], [0])))
+    line.reply(given_up, soon())
+    line.release(given_up, at_once=False)
+    far.send(encode(came(given_up)))
+    far.send(encode(ready(wanted, 4)))
+    assert line.reply(wanted, soon()) == ready(wanted, 4)
+    assert not line._replies
+    assert not line._awaited
+
+
+def test_replies_to_requests_that_are_given_up_do_not_fill_the_line(opened: Opened) -> None:
+    """A server ends a line whose replies are not taken."""
+    line, far = opened
+    far.setblocking(False)
+    for _ in range(1500):
+        number = line.acquire(0, ids(1), 1.0)
+        far.recv(1 << 18)
+        far.send(encode(leased(number, [3], [0])))
+        far.send(encode(came(number)))
+        line.release(number, at_once=False)
+    number = line.acquire(0, ids(1), 1.0)
+    far.send(encode(ready(number, 4)))
+    assert line.reply(number, soon()) == ready(number, 4)
+
+
 def test_last_counts_of_the_session_are_kept_and_messages_counted(opened: Opened) -> None:
     line, far = opened
     joined = line.attachment.n_messages
@@ -337,6 +287,35 @@ def test_last_counts_of_the_session_are_kept_and_messages_counted(opened: Opened
         line.reply(number, soon())
         assert line.attachment.counts == [n] * 9
     assert line.attachment.n_messages == joined + 6
+
+
+def test_counts_come_with_the_first_part_of_a_reply_and_stay(opened: Opened) -> None:
+    line, far = opened
+    joined = line.attachment.n_messages
+    number = line.acquire(0, ids(1), 1.0)
+    far.send(encode(leased(number, [3], [0], counts=[5] * 9)))
+    line.reply(number, soon())
+    assert line.attachment.counts == [5] * 9
+    far.send(encode(came(number)))
+    line.reply(number, soon())
+    assert line.attachment.counts == [5] * 9
+    assert line.attachment.n_messages == joined + 3
+
+
+def test_counts_of_a_reply_that_is_older_than_another_line_s_are_not_kept(
+    server: ServerByHand, attachment: Attachment
+) -> None:
+    """A line may be read long after another one."""
+    numbers = itertools.count(1)
+    lines = [Line(attachment, numbers) for _ in range(2)]
+    ends = [server.take_line() for _ in lines]
+    asked = [line.acquire(0, ids(1), 1.0) for line in lines]
+    for n, (number, end) in enumerate(zip(asked, ends, strict=True)):
+        end.send(encode(ready(number, 3, counts=[n] * 9)))
+    for line, number in reversed(list(zip(lines, asked, strict=True))):
+        line.reply(number, soon())
+        assert attachment.counts == [1] * 9
+        line.close()
 
 
 def test_lines_of_two_threads_share_a_session_and_each_gets_its_own_replies(
@@ -479,7 +458,7 @@ def test_replies_that_came_before_the_end_are_still_there(opened: Opened) -> Non
 def test_line_to_a_server_that_has_ended_cannot_be_opened(
     server: ServerByHand, attachment: Attachment, nothing_left: None
 ) -> None:
-    server._listener.close()
+    server.stop_listening()
     with pytest.raises(ServerNotRunning, match="has ended"):
         Line(attachment, itertools.count(1))
     assert attachment.is_over
