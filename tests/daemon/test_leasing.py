@@ -6,7 +6,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -351,6 +351,62 @@ def test_where_bundles_will_lie_and_which_are_missing_is_told_at_once(
     assert told(asked)["hits"] == 2
 
 
+def test_reply_after_that_says_only_that_the_missing_ones_came(
+    open_desk: OpenDesk, shards: Shards, disk: HeldDisk
+) -> None:
+    desk = open_desk(shards, 60, 20)
+    disk.hold()
+    asked = desk.acquire(1, neurons(3, 60))
+    disk.let_go()
+    desk.settle()
+    assert asked.replies == [NeuronsReady(asked.request.request_id, EPOCH, b"", [])]
+
+
+def test_bundles_on_their_way_for_somebody_else_or_a_hint_are_missing_too(
+    open_desk: OpenDesk, shards: Shards, disk: HeldDisk
+) -> None:
+    """They are hits all the same: nothing more is read for them."""
+    desk = open_desk(shards, 60, 20, n_sessions=2)
+    one, other = desk.sessions
+    desk.release(desk.done(desk.acquire(1, neurons(9), session=other)))
+    disk.hold()
+    desk.hint(1, neurons(60), one)
+    desk.acquire(1, neurons(3, 7), session=one)
+    asked = desk.acquire(1, neurons(3, 7, 9, 60), session=other)
+    assert asked.leased is not None
+    assert np.frombuffer(asked.leased.missing, "<u4").tolist() == [0, 1, 3]
+    counts = told_of(asked.leased.counts)
+    assert (counts["hits"], counts["misses"]) == (4, 1)
+    disk.let_go()
+    desk.done(asked)
+    desk.check()
+
+
+def test_request_that_waits_is_told_its_slots_when_it_has_them(
+    open_desk: OpenDesk, shards: Shards, disk: HeldDisk
+) -> None:
+    """One waits for slots of the arena, one for its session's share."""
+    desk = open_desk(shards, 20, 10, n_sessions=2)
+    one, other = desk.sessions
+    disk.hold()
+    for layer in (0, 1):
+        desk.release(desk.acquire(layer, first(10), session=one))
+    begun, waiting = desk.acquire(2, first(10), session=other), desk.acquire(2, neurons(10), session=other)
+    desk.progress()
+    assert begun.leased is None
+    assert waiting.leased is None
+    disk.let_go()
+    desk.settle()
+    disk.hold()
+    assert begun.leased is not None
+    assert waiting.leased is None
+    desk.release(begun)
+    assert waiting.leased is not None
+    assert waiting.is_open
+    disk.let_go()
+    assert len(desk.done(waiting).slots) == 1
+
+
 def test_bundles_that_are_there_are_answered_at_once(open_desk: OpenDesk, shards: Shards, disk: HeldDisk) -> None:
     desk = open_desk(shards, 60, 20)
     before = desk.done(desk.acquire(1, neurons(3, 7, 60)))
@@ -600,6 +656,23 @@ def test_request_that_is_released_before_its_reply_is_answered_all_the_same(
     assert [len(each.replies) for each in (loading, waiting)] == [1, 1]
 
 
+def test_request_that_is_released_after_it_was_told_its_slots_gets_its_one_reply(
+    open_desk: OpenDesk, shards: Shards, disk: HeldDisk
+) -> None:
+    """At once, and no other when its bundles have come."""
+    desk = open_desk(shards, 61, 20)
+    disk.hold()
+    asked = desk.acquire(0, first(5))
+    assert asked.leased is not None
+    desk.release(asked)
+    assert asked.code == "bad_request"
+    assert desk.engine.state().n_leased == 0
+    disk.let_go()
+    desk.settle()
+    assert len(asked.replies) == 1
+    assert len(desk.acquire(0, first(5)).slots) == 5, "they came all the same"
+
+
 def test_session_that_is_stuck_with_its_share_stops_nobody(
     open_desk: OpenDesk, shards: Shards, rng: np.random.Generator, clock: Clock
 ) -> None:
@@ -705,6 +778,21 @@ def test_failing_bundle_is_told_once_and_the_lease_is_over(open_desk: OpenDesk, 
     desk.check()
 
 
+def test_failure_is_told_to_those_that_know_their_slots_already(
+    open_desk: OpenDesk, shards: Shards, disk: HeldDisk
+) -> None:
+    desk = open_desk(shards, 61, 20)
+    desk.release(desk.done(desk.acquire(1, neurons(3, 60))))
+    disk.hold()
+    with shards.flipped(1, 7):
+        asked = desk.acquire(1, neurons(3, 7, 60))
+        assert asked.leased is not None
+        assert np.frombuffer(asked.leased.missing, "<u4").tolist() == [1]
+        disk.let_go()
+        assert desk.done(asked).code == "shard_corrupt"
+    assert desk.engine.state().n_leased == 0
+
+
 def test_failure_is_told_to_each_that_asked_and_to_nobody_else(
     open_desk: OpenDesk, shards: Shards, disk: HeldDisk
 ) -> None:
@@ -748,7 +836,11 @@ def test_hinted_bundles_are_read_without_a_lease(open_desk: OpenDesk, shards: Sh
 def told(asked: Asked) -> dict[str, int]:
     (reply,) = asked.replies
     assert isinstance(reply, NeuronsReady)
-    return dict(zip(TOLD_COUNTS, (asked.leased or reply).counts, strict=True))
+    return told_of((asked.leased or reply).counts)
+
+
+def told_of(counts: list[int]) -> dict[str, int]:
+    return dict(zip(TOLD_COUNTS, counts, strict=True))
 
 
 def test_counts_told_are_those_of_the_session(open_desk: OpenDesk, shards: Shards) -> None:
@@ -763,6 +855,28 @@ def test_counts_told_are_those_of_the_session(open_desk: OpenDesk, shards: Shard
     assert counts["bytes_from_disk"] >= 4 * shards.bundle_nbytes
     counts = told(desk.acquire(0, neurons(1, 2, 3), session=other))
     assert (counts["hits"], counts["misses"], counts["hinted"], counts["reads"]) == (3, 0, 0, 0)
+
+
+@pytest.mark.parametrize("end", ["comes", "fails", "is released", "is forgotten"])
+def test_request_is_counted_once_however_it_ends(open_desk: OpenDesk, shards: Shards, disk: HeldDisk, end: str) -> None:
+    desk = open_desk(shards, 61, 20)
+    session = desk.sessions[0]
+    desk.release(desk.done(desk.acquire(1, neurons(3, 60))))
+    before = session.counts
+    disk.hold()
+    with shards.flipped(1, 7) if end == "fails" else nullcontext():
+        asked = desk.acquire(1, neurons(3, 7, 8, 60))
+        assert asked.leased is not None
+        counts = told_of(asked.leased.counts)
+        assert (counts["hits"], counts["misses"]) == (before.hits + 2, before.misses + 2)
+        if end == "is released":
+            desk.release(asked)
+        elif end == "is forgotten":
+            desk.forget(session)
+        disk.let_go()
+        desk.settle()
+    since = session.counts - before
+    assert (since.hits, since.misses) == (2, 2)
 
 
 def test_counts_of_a_request_that_waited_for_its_share_are_told_with_it(open_desk: OpenDesk, shards: Shards) -> None:
