@@ -107,7 +107,7 @@ class Lines:
         match message:
             case AcquireNeurons():
                 if self.is_draining:
-                    leasing.release(session, message.released)
+                    self.send(leasing.release(session, message.released))
                     raise Draining("the server is ending; attach to its successor")
                 self.send(leasing.acquire(session, key, message))  # first of all: the client waits for it
                 return leasing.release(session, message.released)
