@@ -2,6 +2,7 @@
 
 import select
 from collections.abc import Callable
+from contextlib import suppress
 
 Handler = Callable[[], None]
 
@@ -16,14 +17,15 @@ class Loop:
 
     def watch(self, fd: int, handler: Handler) -> None:
         """Call a handler whenever a descriptor is readable, instead of the one before it."""
-        if fd not in self._handlers:
-            self._epoll.register(fd, select.EPOLLIN)
         self._handlers[fd] = handler
+        with suppress(FileExistsError):  # it is watched already
+            self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int) -> None:
-        """No more. May be called twice."""
+        """No more. May be called twice, and for a descriptor that is closed."""
         if self._handlers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            with suppress(OSError):  # closed: then it is not watched any more
+                self._epoll.unregister(fd)
 
     def call_again(self, fd: int) -> None:
         """In the next turn, readable or not: its handler stopped early, to let others have their turn."""

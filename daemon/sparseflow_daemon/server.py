@@ -290,12 +290,14 @@ class Server:
             return
         self._begin_serving(model)
         n_open = sum(session.model is model for session in self.sessions.values())
+        fd = greeting.sock.fileno()
         try:
             session = open_session(greeting, model, n_open, self.config.max_sessions, self.epoch)
         except OSError as error:
             if isinstance(error, SparseFlowError):
                 raise
-            self._dismiss(greeting)  # it went away while it was welcomed
+            self.loop.unwatch(fd)  # it went away while it was welcomed
+            self._dismiss(greeting)
             return
         self._greetings.discard(greeting)
         self.sessions[session.token] = session

@@ -180,6 +180,29 @@ def test_more_than_the_share_together_waits_for_leases_and_is_refused_after_its_
     assert reply.request_id == 3
 
 
+def test_requests_that_wait_are_answered_while_the_server_ends(server: ServerProcess) -> None:
+    """One whose bundles are there, one whose bundles must be read, and one that is given up."""
+    with RawSession() as session, RawLine(session) as line, RawLine(session) as other:
+        line.send(session.acquire(1, neurons(*range(SHARE))))
+        assert line.reply().request_id == 1
+        for request_id, ids in ((2, neurons(1)), (3, neurons(60)), (4, neurons(5))):
+            other.send(session.acquire(request_id, ids, timeout_s=20.0))
+        until(lambda: server.status()["sessions"][0]["waiting"] == 3, 5)
+        server.signal(signal.SIGTERM)
+        server.wait_for("draining")
+        line.send(session.acquire(5, neurons(1), released=[1, 4]))
+        replies = {reply.request_id: reply for reply in (other.receive() for _ in range(4))}
+        assert_refused(line, "draining", request_id=5)
+        assert isinstance(replies[2], NeuronsReady)
+        assert len(replies[2].slots) == 4
+        assert isinstance(replies[3], NeuronsReady)
+        assert replies[3].slots == b"", "told before"
+        assert isinstance(replies[4], ErrorReply)
+        session.send(Detach())
+        assert session.receive() == Detached(session.welcome.epoch)
+    assert server.wait(5) == 0
+
+
 # --- what is no message, or not one for this place
 
 JUNK = {
@@ -425,6 +448,21 @@ def test_many_connections_that_say_nothing_keep_nobody_out(server: ServerProcess
             stack.enter_context(Connection())
         assert_serves(server, shards)
         until(lambda: server.count()["fds"] == before, 10)  # they are not waited for without end
+
+
+def test_whoever_goes_away_before_it_is_welcomed_costs_the_next_nothing(
+    server: ServerProcess, shards: ServedShards
+) -> None:
+    """The number of its descriptor is the next one's."""
+    for _ in range(3):
+        server.signal(signal.SIGSTOP)
+        with Connection() as gone:
+            gone.send(attach())
+        server.signal(signal.SIGCONT)
+        assert server.status()["sessions"] == []
+        with WeightClient("s", load_timeout_s=5):
+            assert len(server.status()["sessions"]) == 1
+    assert_serves(server, shards)
 
 
 BREAK_OFF = """

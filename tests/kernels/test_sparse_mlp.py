@@ -1,6 +1,9 @@
 """The sparse MLP against its float64 twin, over dtypes, sizes, layouts and threads."""
 
-from collections.abc import Callable
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -239,6 +242,42 @@ def test_same_call_gives_the_same_bits(rng: np.random.Generator, n_threads: int,
     layer = random_layer(rng, dtype, 257, 150, n_tokens=3)
     first = layer.run()
     for _ in range(50):
+        again = layer.run()
+        assert torch.equal(again.y, first.y)
+        assert again.n_active == first.n_active
+
+
+@pytest.fixture
+def busy_cores() -> Iterator[None]:
+    """Somebody else computes on every core, now and then, until the test ends."""
+    is_over = threading.Event()
+    content = bytes(256 << 10)
+
+    def compute(pause_s: float) -> None:
+        while not is_over.wait(pause_s):
+            hashlib.sha256(content)  # without the interpreter's lock
+
+    n_cores = len(os.sched_getaffinity(0))
+    threads = [threading.Thread(target=compute, args=[0.0001 * n]) for n in range(1, 2 * n_cores + 1)]
+    for thread in threads:
+        thread.start()
+    yield
+    is_over.set()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("n_chosen", [5, 700])
+def test_same_call_gives_the_same_bits_whoever_else_keeps_the_cores_busy(
+    rng: np.random.Generator, set_threads: Callable[[int], None], busy_cores: None, threads: int, n_chosen: int
+) -> None:
+    """Which thread computes which part is chance then, and makes no difference."""
+    set_threads(threads)
+    layer = random_layer(rng, torch.float16, 257, n_chosen, n_tokens=3)
+    first = layer.run()
+    check(layer, first)
+    for _ in range(60):
         again = layer.run()
         assert torch.equal(again.y, first.y)
         assert again.n_active == first.n_active
