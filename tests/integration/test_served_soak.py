@@ -26,16 +26,15 @@ def soak(host: Host, folder: Path, seconds: float, *, n_clients: int, kill_every
     print(f"seed {seed}, {n_slots} of {shards.n_bundles} slots, {eviction}")
     server = host.serve(shards.folder, cpu_cache_ratio=shards.ratio(n_slots), max_sessions=n_clients, eviction=eviction)
     assert server.status()["models"][0]["n_slots"] == n_slots
-    end = time.monotonic() + seconds
 
-    def start() -> ClientProcess:
-        left_s = max(1.0, end - time.monotonic())
+    def start(left_s: float) -> ClientProcess:
         values = {"n_threads": N_THREADS, "seconds": left_s, "seed": rng.randrange(1 << 32), "most": 24}
         return host.client(SOAK, name="s", **values)
 
-    running = [start() for _ in range(n_clients)]
+    running = [start(seconds) for _ in range(n_clients)]
     for client in running:
         assert client.hear() == "attached"
+    end = time.monotonic() + seconds  # however long they took to begin
     n_killed = 0
     while (left_s := end - time.monotonic()) > kill_every_s:
         time.sleep(min(left_s, rng.uniform(0.5, 1.5) * kill_every_s))
@@ -44,7 +43,7 @@ def soak(host: Host, folder: Path, seconds: float, *, n_clients: int, kill_every
         victim = running.pop(rng.randrange(n_clients))
         victim.kill()
         n_killed += 1
-        running.append(start())
+        running.append(start(max(1.0, end - time.monotonic())))
         assert running[-1].hear() == "attached"
     for client in running:
         told = client.hear(max(0.0, end - time.monotonic()) + DEADLINE_S)
