@@ -221,17 +221,30 @@ def candidates(
     return np.concatenate([ids[n_neurons * part // n_parts :][: counts[part]] for part in range(n_parts)])
 
 
+def upper_bounds(
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
+) -> Tensor:
+    """The bounds themselves, (n_tokens, ffn_dim) float32: a neuron is a candidate where its bound is not <= 0."""
+    return upper_bounds_ref(rows, x, margin, failure_probability, threshold).float()
+
+
 def candidates_ref(
     rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
 ) -> NDArray[np.uint32]:
     """The same bounds in float64 without quantising x: never a neuron more than `candidates`, few fewer."""
+    bound = upper_bounds_ref(rows, x, margin, failure_probability, threshold)
+    return torch.nonzero((~(bound <= 0)).any(0)).flatten().numpy().astype(np.uint32)
+
+
+def upper_bounds_ref(
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
+) -> Tensor:
+    """(n_tokens, ffn_dim) float64."""
     n_groups = rows.scales.shape[1]
     padded = torch.nn.functional.pad(x.double(), (0, n_groups * GROUP - x.shape[1])).unflatten(1, (n_groups, GROUP))
     coded = rows.codes.double().unflatten(1, (n_groups, GROUP)) * rows.scales.double()[:, :, None]
     score = padded.flatten(1) @ coded.flatten(1).T + rows.bias.double()  # (n_tokens, ffn_dim)
     if margin is Margin.EXACT:
         width = padded.square().sum(2) @ rows.scales.double().square().T
-        bound = score + threshold * torch.sqrt(width * (np.log(1 / failure_probability) / 2))
-    else:
-        bound = score + threshold * rows.error_norms.double() * padded.flatten(1).norm(dim=1, keepdim=True)
-    return torch.nonzero((~(bound <= 0)).any(0)).flatten().numpy().astype(np.uint32)
+        return score + threshold * torch.sqrt(width * (np.log(1 / failure_probability) / 2))
+    return score + threshold * rows.error_norms.double() * padded.flatten(1).norm(dim=1, keepdim=True)

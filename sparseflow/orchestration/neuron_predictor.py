@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
 from sparseflow.errors import BadRequest
-from sparseflow.kernels.bounds import CodedRows, Margin, candidates
+from sparseflow.kernels.bounds import CodedRows, Margin, candidates, upper_bounds
 
 # Probability that one token misses any active neuron in any layer under `exact`.
 EXACT_FAILURE_PROBABILITY = 1e-6
@@ -35,6 +35,13 @@ class NeuronPredictor(Protocol):
 
     def select(self, layer: int, x: Tensor) -> NDArray[np.uint32]:
         """Neurons to compute for all of these tokens together, ascending. x: (n_tokens, hidden) float32, contiguous."""
+        ...
+
+    def bounds(self, layer: int, x: Tensor) -> Tensor:
+        """How near each neuron is to being chosen, token by token: it is where this is not <= 0.
+
+        x: as above. Returns (n_tokens, ffn_dim) float32. Slower than `select`, which is the union over the tokens.
+        """
         ...
 
 
@@ -59,6 +66,10 @@ class BoundPredictor:
         """As `NeuronPredictor.select`."""
         return candidates(self._layers[layer], x, self._margin, self._failure_probability, self._threshold)
 
+    def bounds(self, layer: int, x: Tensor) -> Tensor:
+        """As `NeuronPredictor.bounds`."""
+        return upper_bounds(self._layers[layer], x, self._margin, self._failure_probability, self._threshold)
+
 
 class OraclePredictor:
     """The truly active neurons, computed from all weights in float64. Slow: it is the twin, not a way to run."""
@@ -73,9 +84,19 @@ class OraclePredictor:
         """As `NeuronPredictor.select`."""
         return active_neurons(self._source, layer, x, self._biases[layer])
 
+    def bounds(self, layer: int, x: Tensor) -> Tensor:
+        """As `NeuronPredictor.bounds`: the pre-activations."""
+        return pre_activations(self._source, layer, x, self._biases[layer]).float()
+
 
 def active_neurons(source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor) -> NDArray[np.uint32]:
     """Neurons whose pre-activation, in float64, is above 0 for at least one token."""
+    is_active = (pre_activations(source, layer, x, fc1_bias) > 0).any(0)
+    return is_active.nonzero().flatten().numpy().astype(np.uint32)
+
+
+def pre_activations(source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor) -> Tensor:
+    """W1 x + b1 of all neurons: (n_tokens, ffn_dim) float64. x: (n_tokens, hidden)."""
     found = []
     n_at_once = min(source.fetch_limit, _WIDENED_AT_ONCE)
     for start in range(0, source.profile.ffn_dimension, n_at_once):
@@ -84,8 +105,8 @@ def active_neurons(source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor
             bundles = fetch.wait(FETCH_TIMEOUT_S)
             rows = bundles.base[torch.from_numpy(bundles.slots.astype(np.int64)), 0].double()
         bias = fc1_bias[start : start + len(ids)].double()
-        found.append(ids[(x.double() @ rows.T + bias > 0).any(0).numpy()])
-    return np.concatenate(found)
+        found.append(x.double() @ rows.T + bias)
+    return torch.cat(found, 1)
 
 
 def fc1_biases(source: WeightSource) -> list[Tensor]:
