@@ -188,7 +188,7 @@ def _settings(margin: Margin, failure_probability: float, threshold: float, n_gr
 
 
 def candidates(
-    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
 ) -> NDArray[np.uint32]:
     """Neurons whose pre-activation may be above 0 for at least one token, on torch's threads.
 
@@ -222,14 +222,14 @@ def candidates(
 
 
 def upper_bounds(
-    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
 ) -> Tensor:
     """The bounds themselves, (n_tokens, ffn_dim) float32: a neuron is a candidate where its bound is not <= 0."""
     return upper_bounds_ref(rows, x, margin, failure_probability, threshold).float()
 
 
 def candidates_ref(
-    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
 ) -> NDArray[np.uint32]:
     """The same bounds in float64 without quantising x: never a neuron more than `candidates`, few fewer."""
     bound = upper_bounds_ref(rows, x, margin, failure_probability, threshold)
@@ -237,7 +237,7 @@ def candidates_ref(
 
 
 def upper_bounds_ref(
-    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
 ) -> Tensor:
     """(n_tokens, ffn_dim) float64."""
     n_groups = rows.scales.shape[1]

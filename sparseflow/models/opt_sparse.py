@@ -27,7 +27,7 @@ from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
 from sparseflow.orchestration.density import Crossover
-from sparseflow.orchestration.neuron_predictor import make_predictor, require_fidelity
+from sparseflow.orchestration.fidelity import make_predictor, require_fidelity
 from sparseflow.orchestration.stats import RunStats
 from sparseflow.orchestration.transfer_coordinator import LayerBiases, TransferCoordinator
 

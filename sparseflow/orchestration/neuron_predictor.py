@@ -8,6 +8,7 @@ The first two read codes of fc1 instead of its weights (`kernels.bounds`); nothi
 that is independent of the input: someone who has read the store can make inputs that break it, never `certified`.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,22 +17,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
-from sparseflow.errors import BadRequest
 from sparseflow.kernels.bounds import CodedRows, Margin, candidates, upper_bounds
+from sparseflow.store.profile import ModelProfile
 
 # Probability that one token misses any active neuron in any layer under `exact`.
 EXACT_FAILURE_PROBABILITY = 1e-6
 
 _WIDENED_AT_ONCE = 1024  # neurons whose weights an audit holds in float64
 
-FIDELITIES = ("exact", "certified", "dense", "oracle")
-
 
 class NeuronPredictor(Protocol):
     """Chooses neurons at the MLP's own input."""
 
     fidelity: str
-    """As in the result fields: `exact`, `certified`, `oracle`, or `threshold:VALUE`."""
+    """As in the result fields: `exact`, `certified`, `calibrated:RECALL`, `oracle`, `given`, or `threshold:VALUE`."""
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of predictor weights read by `select` and `bounds` so far; `bounds` counts each token as if alone."""
+        ...
 
     def select(self, layer: int, x: Tensor) -> NDArray[np.uint32]:
         """Neurons to compute for all of these tokens together, ascending. x: (n_tokens, hidden) float32, contiguous."""
@@ -45,36 +49,92 @@ class NeuronPredictor(Protocol):
         ...
 
 
-class BoundPredictor:
-    """All neurons whose upper bound, from 8-bit codes, is not at most 0."""
+class LayerPredictor(Protocol):
+    """Chooses neurons of one layer, as `NeuronPredictor` does of all."""
 
-    def __init__(self, source: WeightSource, margin: Margin, activation_threshold: float = 1.0) -> None:
-        """
-        Args:
-            margin: `Margin.EXACT` or `Margin.CERTIFIED`.
-            activation_threshold: scales the margin; any value but 1.0 gives up the fidelity's promise.
-        """
-        profile = source.profile
-        self._margin = margin
-        self._threshold = activation_threshold
-        self._failure_probability = EXACT_FAILURE_PROBABILITY / (profile.num_layers * profile.ffn_dimension)
-        self._layers = coded_rows(source)
-        name = "exact" if margin is Margin.EXACT else "certified"
-        self.fidelity = name if activation_threshold == 1 else f"threshold:{activation_threshold:g}"
+    nbytes_read: int
+
+    def select(self, x: Tensor) -> NDArray[np.uint32]:
+        """As `NeuronPredictor.select`."""
+        ...
+
+    def bounds(self, x: Tensor) -> Tensor:
+        """As `NeuronPredictor.bounds`."""
+        ...
+
+
+class LayeredPredictor:
+    """A predictor for each layer."""
+
+    def __init__(self, layers: Sequence[LayerPredictor], kinds: list[str], fidelity: str) -> None:
+        self._layers = layers
+        self.kinds = kinds
+        """What each layer's is."""
+        self.fidelity = fidelity
+
+    @property
+    def nbytes_read(self) -> int:
+        """As `NeuronPredictor.nbytes_read`."""
+        return sum(layer.nbytes_read for layer in self._layers)
 
     def select(self, layer: int, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""
-        return candidates(self._layers[layer], x, self._margin, self._failure_probability, self._threshold)
+        return self._layers[layer].select(x)
 
     def bounds(self, layer: int, x: Tensor) -> Tensor:
         """As `NeuronPredictor.bounds`."""
-        return upper_bounds(self._layers[layer], x, self._margin, self._failure_probability, self._threshold)
+        return self._layers[layer].bounds(x)
+
+
+class CodesOfLayer:
+    """All neurons whose upper bound, from codes of fc1, is not at most 0."""
+
+    def __init__(
+        self, rows: CodedRows, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
+    ) -> None:
+        """
+        Args:
+            failure_probability: of one neuron and one token, under `Margin.EXACT`.
+            threshold: scales the margin; any value but 1.0 gives up the bound's promise.
+            planes: of the codes, that may be read.
+        """
+        self._rows = rows
+        self._how = margin, failure_probability, threshold, planes
+        self.nbytes_read = 0
+
+    def select(self, x: Tensor) -> NDArray[np.uint32]:
+        """As `NeuronPredictor.select`."""
+        return candidates(self._rows, x, *self._how)
+
+    def bounds(self, x: Tensor) -> Tensor:
+        """As `NeuronPredictor.bounds`."""
+        return upper_bounds(self._rows, x, *self._how)
+
+
+def bound_predictor(source: WeightSource, margin: Margin, activation_threshold: float = 1.0) -> LayeredPredictor:
+    """All neurons whose upper bound is not at most 0.
+
+    Args:
+        margin: `Margin.EXACT` or `Margin.CERTIFIED`.
+        activation_threshold: scales the margin; any value but 1.0 gives up the fidelity's promise.
+    """
+    d = failure_probability(source.profile)
+    layers = [CodesOfLayer(rows, margin, d, activation_threshold) for rows in coded_rows(source)]
+    name = "exact" if margin is Margin.EXACT else "certified"
+    fidelity = name if activation_threshold == 1 else f"threshold:{activation_threshold:g}"
+    return LayeredPredictor(layers, [name] * len(layers), fidelity)
+
+
+def failure_probability(profile: ModelProfile) -> float:
+    """Of one neuron and one token, so that a token's all together have EXACT_FAILURE_PROBABILITY."""
+    return EXACT_FAILURE_PROBABILITY / (profile.num_layers * profile.ffn_dimension)
 
 
 class OraclePredictor:
     """The truly active neurons, computed from all weights in float64. Slow: it is the twin, not a way to run."""
 
     fidelity = "oracle"
+    nbytes_read = 0
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -129,29 +189,3 @@ def coded_rows(source: WeightSource) -> list[CodedRows]:
         )
         for layer, bias in enumerate(fc1_biases(source))
     ]
-
-
-def make_predictor(source: WeightSource, fidelity: str, activation_threshold: float) -> NeuronPredictor | None:
-    """The predictor of a fidelity; None for `dense`, which needs none.
-
-    Raises:
-        BadRequest: no such fidelity.
-    """
-    require_fidelity(fidelity)
-    match fidelity:
-        case "exact":
-            return BoundPredictor(source, Margin.EXACT, activation_threshold)
-        case "certified":
-            return BoundPredictor(source, Margin.CERTIFIED, activation_threshold)
-        case "oracle":
-            return OraclePredictor(source)
-    return None
-
-
-def require_fidelity(fidelity: str) -> None:
-    """
-    Raises:
-        BadRequest: no such fidelity.
-    """
-    if fidelity not in FIDELITIES:
-        raise BadRequest(f"fidelity {fidelity!r}: this version knows {', '.join(FIDELITIES)}")

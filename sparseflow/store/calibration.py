@@ -1,0 +1,182 @@
+"""profile.json: what text showed of each layer, and what its predictors cost at each recall. Written by calibration.
+
+    {"version": 1, "recall": 0.99, "tokens": N, "recalls": [...], "layers": [
+        {"active_share": a, "overlap": o, "active_counts": [ffn_dim], "miss_curve": [...],
+         "predictors": {"coarse": {"nbytes": b, "rank": null, "cuts": [...], "candidate_shares": [...],
+                                   "found": [...]}, ...},
+         "lookahead": [{"rank": r, "recall": f, "candidate_share": c}, ...]}, ...]}
+
+`cuts`, `candidate_shares` and `found` go with `recalls`, one each. All counts are of tokens that nothing was fitted to.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from sparseflow.errors import BadRequest, ShardCorrupt
+from sparseflow.store.profile import ModelProfile
+
+PROFILE_NAME = "profile.json"
+PROFILE_VERSION = 1
+
+# Predictors of one layer, as they are called everywhere.
+KINDS = ("coarse", "codes", "svd", "trained")
+
+
+def calibrated_name(layer: int) -> str:
+    """Path of a layer's fitted predictors inside the store."""
+    return f"predictors/calibrated-{layer:03d}.safetensors"
+
+
+@dataclass(frozen=True)
+class PredictorRecord:
+    """What one predictor of one layer costs, for each recall of the grid."""
+
+    nbytes: float
+    """Bytes of its weights that one token reads."""
+    rank: int | None
+    cuts: Sequence[float]
+    """How many times its margin a neuron may stay below 0."""
+    candidate_shares: Sequence[float]
+    found: Sequence[float]
+    """Recall that validation tokens showed."""
+
+    def cut(self, recall: float, recalls: Sequence[float]) -> float:
+        """The cut for a recall between those of the grid."""
+        return _between(recall, recalls, self.cuts)
+
+    def bytes_per_token(
+        self, recall: float, recalls: Sequence[float], active_share: float, profile: ModelProfile
+    ) -> float:
+        """Bytes of the predictor, and of bundles fetched in vain."""
+        candidates = _between(recall, recalls, self.candidate_shares)
+        useful = active_share * _between(recall, recalls, self.found)
+        return self.nbytes + max(0.0, candidates - useful) * profile.ffn_dimension * profile.bundle_nbytes
+
+
+@dataclass(frozen=True)
+class LookaheadRecord:
+    """A predictor that sees the residual stream some layers earlier."""
+
+    rank: int
+    recall: float
+    candidate_share: float
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer. Shares from 0 to 1."""
+
+    active_share: float
+    overlap: float
+    """Of the neurons active for a token, those also active for the next."""
+    active_counts: Sequence[int]
+    """(ffn_dim,): for how many tokens each neuron was active."""
+    miss_curve: Sequence[float]
+    """Misses a token of an LRU cache of this layer alone, at evenly spaced numbers of slots from 0 to ffn_dim."""
+    predictors: Mapping[str, PredictorRecord]
+    lookahead: Sequence[LookaheadRecord]
+    """By how many layers earlier: 0, 1, 2; fewer in the first layers."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The whole of profile.json. recall: what `calibrated` means without a number. tokens: how many were seen."""
+
+    recall: float
+    tokens: int
+    recalls: Sequence[float]
+    layers: Sequence[LayerRecord]
+    version: int = PROFILE_VERSION
+
+    def choose(self, layer: int, recall: float, profile: ModelProfile) -> str:
+        """The kind that reads the fewest bytes a token at this recall."""
+        costs = self.costs(layer, recall, profile)
+        return min(costs, key=costs.__getitem__)
+
+    def costs(self, layer: int, recall: float, profile: ModelProfile) -> dict[str, float]:
+        """Bytes a token of each kind: of the predictor, and of bundles fetched in vain."""
+        record = self.layers[layer]
+        return {
+            kind: found.bytes_per_token(recall, self.recalls, record.active_share, profile)
+            for kind, found in record.predictors.items()
+        }
+
+    def require_recall(self, recall: float) -> None:
+        """
+        Raises:
+            BadRequest: outside of what was calibrated.
+        """
+        if not self.recalls[0] <= recall <= self.recalls[-1]:
+            raise BadRequest(
+                f"recall {recall:g}: this store is calibrated from {self.recalls[0]:g} to {self.recalls[-1]:g}; "
+                "give a recall between, or use exact"
+            )
+
+    def to_json(self) -> bytes:
+        """As it stands in the store."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, profile: ModelProfile) -> Self:
+        """
+        Raises:
+            ShardCorrupt: not a profile of this model, or of another version.
+        """
+        try:
+            return cls._parse(json.loads(content), profile)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ShardCorrupt(f"{PROFILE_NAME}: {error}; calibrate the store again") from error
+
+    @classmethod
+    def _parse(cls, content: dict[str, Any], profile: ModelProfile) -> Self:
+        if content["version"] != PROFILE_VERSION:
+            raise ValueError(f"version {content['version']!r}, this SparseFlow reads {PROFILE_VERSION}")
+        recalls = _numbers(content["recalls"])
+        if len(recalls) < 2 or recalls != sorted(recalls) or not 0 < recalls[0] < recalls[-1] < 1:
+            raise ValueError(f"recalls {recalls}")
+        layers = [_layer(layer, len(recalls), profile) for layer in content["layers"]]
+        if len(layers) != profile.num_layers:
+            raise ValueError(f"{len(layers)} layers, the model has {profile.num_layers}")
+        return cls(float(content["recall"]), int(content["tokens"]), recalls, layers)
+
+
+def _layer(content: dict[str, Any], n_recalls: int, profile: ModelProfile) -> LayerRecord:
+    predictors = {kind: _predictor(record, n_recalls) for kind, record in content["predictors"].items()}
+    if not predictors or not set(predictors) <= set(KINDS):
+        raise ValueError(f"predictors {sorted(predictors)}; known are {', '.join(KINDS)}")
+    counts = [int(n) for n in content["active_counts"]]
+    if len(counts) != profile.ffn_dimension:
+        raise ValueError(f"{len(counts)} counts of neurons, a layer has {profile.ffn_dimension}")
+    active_share, overlap = _numbers([content["active_share"], content["overlap"]])
+    lookahead = [
+        LookaheadRecord(int(r["rank"]), float(r["recall"]), float(r["candidate_share"])) for r in content["lookahead"]
+    ]
+    return LayerRecord(active_share, overlap, counts, _numbers(content["miss_curve"]), predictors, lookahead)
+
+
+def _predictor(content: dict[str, Any], n_recalls: int) -> PredictorRecord:
+    rows = [_numbers(content[name]) for name in ("cuts", "candidate_shares", "found")]
+    if any(len(row) != n_recalls for row in rows):
+        raise ValueError("a predictor has other numbers of recalls than the profile")
+    rank = content["rank"]
+    return PredictorRecord(_numbers([content["nbytes"]])[0], None if rank is None else int(rank), *rows)
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    numbers = [float(value) for value in values]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number is not finite")
+    return numbers
+
+
+def _between(recall: float, recalls: Sequence[float], values: Sequence[float]) -> float:
+    """Linear in the logarithm of what is missed, which cuts nearly are."""
+    x, xs = math.log1p(-recall), [math.log1p(-r) for r in recalls]
+    for n in range(1, len(xs)):
+        if x >= xs[n] or n + 1 == len(xs):
+            weight = (x - xs[n - 1]) / (xs[n] - xs[n - 1])
+            return values[n - 1] + weight * (values[n] - values[n - 1])
+    raise ValueError("a profile has two recalls at least")
