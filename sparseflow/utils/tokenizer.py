@@ -1,13 +1,14 @@
 """The tokenizer that travels with a model."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparseflow.errors import DiskError
+from sparseflow.errors import BadRequest, DiskError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -29,3 +30,32 @@ def tokenizer_of(model_files: Mapping[str, bytes]) -> "PreTrainedTokenizerBase":
             (Path(folder) / name).write_bytes(content)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer
+
+
+def token_windows(
+    tokenizer: "PreTrainedTokenizerBase", files: Sequence[Path], window: int, n_tokens: int | None = None
+) -> "Tensor":
+    """Texts as windows of tokens, (n_windows, window) int64, one file after the other; a file's rest is left out.
+
+    Args:
+        n_tokens: at most so many; None: all.
+
+    Raises:
+        DiskError: a file cannot be read. BadRequest: the texts do not fill a window.
+    """
+    import torch
+
+    windows = []
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DiskError(f"{path}: cannot be read as text ({error}); give a file in UTF-8") from error
+        ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+        windows.append(ids[: len(ids) // window * window].view(-1, window))
+    found = torch.cat(windows) if windows else torch.empty(0, window, dtype=torch.int64)
+    if n_tokens is not None:
+        found = found[: max(1, n_tokens // window)]
+    if not len(found):
+        raise BadRequest(f"{len(files)} files hold less than one window of {window} tokens; give more text")
+    return found
