@@ -16,7 +16,7 @@ from sparseflow.engine.memory_plan import AUTO_SHARE, fixed_nbytes, free_memory,
 from sparseflow.engine.shared_memory import SharedMemory, read_into
 from sparseflow.errors import BadRequest, Draining, SparseFlowError
 from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION
-from sparseflow.store.manifest import DENSE_NAME, Manifest, predictor_name
+from sparseflow.store.manifest import DENSE_NAME, Manifest
 from sparseflow.utils.sizes import parse_size
 from sparseflow_daemon.config import ServerConfig
 
@@ -84,7 +84,7 @@ class ServedModel:
         """Bring everything into memory that must be there. Ends in state `ready`, or `failed` with the error kept."""
         try:
             self.manifest.require_all_parts(self.store)
-            predictors = [predictor_name(layer) for layer in range(self.profile.num_layers)]
+            predictors = sorted(name for name in self.manifest.files if name.startswith("predictors/"))
             others = [name for name in self.manifest.files if not name.endswith(".safetensors")]
             self._load_files("dense", [DENSE_NAME])
             self._load_files("predictors", predictors)

@@ -31,7 +31,7 @@ def train(
     weights = [weight.clone().requires_grad_() for weight in weights]
     generator = torch.Generator().manual_seed(seed)
     n_steps = epochs * max(1, n_tokens // _BATCH)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         optimizer = torch.optim.Adam(weights, _RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=n_steps + 1, pct_start=0.1)
         order = torch.empty(0, dtype=torch.int64)

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 
 import sparseflow
-from sparseflow.cli import convert, demo, generate, info, status, verify, version
+from sparseflow.cli import calibrate, convert, demo, generate, info, status, verify, version
 from sparseflow.errors import BadRequest, NoAnswer, ServerNotRunning, SparseFlowError, UnsupportedModel
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_NO_ANSWER, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _COMMANDS = {
     "convert": convert,
+    "calibrate": calibrate,
     "generate": generate,
     "demo": demo,
     "verify": verify,

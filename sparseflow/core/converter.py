@@ -6,12 +6,11 @@ manifest comes last, then the folder gets its name. Memory stays under two layer
 the rest.
 """
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from sparseflow.core.checkpoint import COMPANION_FILES, Checkpoint
 from sparseflow.core.config import dtype_name, profile_of
 from sparseflow.core.dense_layout import DenseTensor, dense_tensors
+from sparseflow.core.exclusive import exclusive
 from sparseflow.core.journal import Journal
 from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, UnsupportedModel
 from sparseflow.store import codes, shard_format
@@ -58,7 +58,7 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
     checkpoint_dtype = source.dtype()
     stored_dtype = dtype_name(dtype) if dtype else checkpoint_dtype
     unfinished = destination.with_name(destination.name + ".partial")
-    with _exclusive(unfinished):
+    with exclusive(unfinished, "converting"):
         if destination.exists():  # made by another process meanwhile
             unfinished.rmdir()
             raise BadRequest(f"{destination}: exists already; remove it, or choose another place for the store")
@@ -207,24 +207,6 @@ def _raw(tensor: "Tensor") -> NDArray[np.uint8]:
     import torch
 
     return tensor.contiguous().view(torch.uint8).numpy()
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it: only one process converts into it at a time."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DiskError(f"{folder}: another process is converting into it; wait for it to end") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

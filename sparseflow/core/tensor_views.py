@@ -1,13 +1,15 @@
 """Tensors as views of memory that lies there already: mapped files, or memory that a server shares."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparseflow.errors import DiskError, ShardCorrupt
+from sparseflow.store.calibration import calibrated_name
 from sparseflow.store.codes import code_specs
+from sparseflow.store.manifest import predictor_name
 from sparseflow.store.profile import ModelProfile
 from sparseflow.store.shard_format import TensorPlace, TensorSpec, map_file, places_in, read_places
 
@@ -35,8 +37,26 @@ def view_tensors(content: Any, path: Path, expected: Sequence[TensorSpec] | None
 
 
 def predictor_specs(profile: ModelProfile) -> list[TensorSpec]:
-    """The tensors of one layer's predictor file."""
+    """The tensors of one layer's codes."""
     return code_specs(profile.ffn_dimension, profile.hidden_dimension)
+
+
+def predictors_by_layer(
+    profile: ModelProfile, files: Container[str], opened: "Callable[..., dict[str, Tensor]]"
+) -> "dict[str, Tensor]":
+    """`LAYER.NAME` -> tensor, of all predictor files.
+
+    Args:
+        files: those there are; fitted predictors are not in every store.
+        opened: the tensors of a file, given its name and, maybe, what is expected in it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer in range(profile.num_layers):
+        of_layer = opened(predictor_name(layer), predictor_specs(profile))
+        if calibrated_name(layer) in files:
+            of_layer |= opened(calibrated_name(layer))
+        tensors |= {f"{layer}.{name}": tensor for name, tensor in of_layer.items()}
+    return tensors
 
 
 def view_bundles(slots: Any, profile: ModelProfile) -> "Tensor":

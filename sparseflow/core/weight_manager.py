@@ -13,13 +13,13 @@ from sparseflow.core.config import OffloadStrategy, dtype_name, require_same_net
 from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.host_bundles import ArenaBundles, BundleHolder, MappedBundles
 from sparseflow.core.store_home import find_or_convert
-from sparseflow.core.tensor_views import map_tensors, predictor_specs
+from sparseflow.core.tensor_views import map_tensors, predictors_by_layer
 from sparseflow.core.weight_source import Fetch, SourceStatus
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.engine.memory_plan import MemoryPlan, plan_memory, require_memory
 from sparseflow.engine.reading import require_io
 from sparseflow.errors import BadRequest
-from sparseflow.store.manifest import DENSE_NAME, Manifest, check_content, predictor_name
+from sparseflow.store.manifest import DENSE_NAME, Manifest, check_content
 from sparseflow.store.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -159,20 +159,17 @@ class DiskWeightStore:
     def predictor_tensors(self) -> "Mapping[str, Tensor]":
         """Codes of fc1, as `WeightSource.predictor_tensors`."""
         self._bundles  # noqa: B018  raises where the store is not open
-        expected = predictor_specs(self.profile)
-        return {
-            f"{layer}.{name}": tensor
-            for layer in range(self.profile.num_layers)
-            for name, tensor in map_tensors(self.path / predictor_name(layer), expected).items()
-        }
+        return predictors_by_layer(
+            self.profile, self.manifest.files, lambda name, *how: map_tensors(self.path / name, *how)
+        )
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """As `WeightSource.hint`."""
         self._bundles.hint(layer, ids)
 
-    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
+    def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> Fetch:
         """As `WeightSource.fetch`."""
-        return self._bundles.fetch(layer, ids)
+        return self._bundles.fetch(layer, ids, keep)
 
     def counts(self) -> FetchCounts | None:
         """As `WeightSource.counts`."""

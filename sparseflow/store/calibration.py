@@ -2,11 +2,12 @@
 
     {"version": 1, "recall": 0.99, "tokens": N, "recalls": [...], "layers": [
         {"active_share": a, "overlap": o, "active_counts": [ffn_dim], "miss_curve": [...],
-         "predictors": {"coarse": {"nbytes": b, "rank": null, "cuts": [...], "candidate_shares": [...],
+         "predictors": {"coarse": {"nbytes": [...], "rank": null, "cuts": [...], "candidate_shares": [...],
                                    "found": [...]}, ...},
          "lookahead": [{"rank": r, "recall": f, "candidate_share": c}, ...]}, ...]}
 
-`cuts`, `candidate_shares` and `found` go with `recalls`, one each. All counts are of tokens that nothing was fitted to.
+`nbytes`, `cuts`, `candidate_shares` and `found` go with `recalls`, one each, and come from tokens that no predictor was
+fitted to.
 """
 
 import json
@@ -34,7 +35,7 @@ def calibrated_name(layer: int) -> str:
 class PredictorRecord:
     """What one predictor of one layer costs, for each recall of the grid."""
 
-    nbytes: float
+    nbytes: Sequence[float]
     """Bytes of its weights that one token reads."""
     rank: int | None
     cuts: Sequence[float]
@@ -53,7 +54,10 @@ class PredictorRecord:
         """Bytes of the predictor, and of bundles fetched in vain."""
         candidates = _between(recall, recalls, self.candidate_shares)
         useful = active_share * _between(recall, recalls, self.found)
-        return self.nbytes + max(0.0, candidates - useful) * profile.ffn_dimension * profile.bundle_nbytes
+        return (
+            _between(recall, recalls, self.nbytes)
+            + max(0.0, candidates - useful) * profile.ffn_dimension * profile.bundle_nbytes
+        )
 
 
 @dataclass(frozen=True)
@@ -137,13 +141,18 @@ class Calibration:
         recalls = _numbers(content["recalls"])
         if len(recalls) < 2 or recalls != sorted(recalls) or not 0 < recalls[0] < recalls[-1] < 1:
             raise ValueError(f"recalls {recalls}")
-        layers = [_layer(layer, len(recalls), profile) for layer in content["layers"]]
+        layers = [parse_layer(layer, len(recalls), profile) for layer in content["layers"]]
         if len(layers) != profile.num_layers:
             raise ValueError(f"{len(layers)} layers, the model has {profile.num_layers}")
         return cls(float(content["recall"]), int(content["tokens"]), recalls, layers)
 
 
-def _layer(content: dict[str, Any], n_recalls: int, profile: ModelProfile) -> LayerRecord:
+def parse_layer(content: dict[str, Any], n_recalls: int, profile: ModelProfile) -> LayerRecord:
+    """One layer of profile.json.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not one.
+    """
     predictors = {kind: _predictor(record, n_recalls) for kind, record in content["predictors"].items()}
     if not predictors or not set(predictors) <= set(KINDS):
         raise ValueError(f"predictors {sorted(predictors)}; known are {', '.join(KINDS)}")
@@ -158,11 +167,11 @@ def _layer(content: dict[str, Any], n_recalls: int, profile: ModelProfile) -> La
 
 
 def _predictor(content: dict[str, Any], n_recalls: int) -> PredictorRecord:
-    rows = [_numbers(content[name]) for name in ("cuts", "candidate_shares", "found")]
+    rows = [_numbers(content[name]) for name in ("nbytes", "cuts", "candidate_shares", "found")]
     if any(len(row) != n_recalls for row in rows):
         raise ValueError("a predictor has other numbers of recalls than the profile")
     rank = content["rank"]
-    return PredictorRecord(_numbers([content["nbytes"]])[0], None if rank is None else int(rank), *rows)
+    return PredictorRecord(rows[0], None if rank is None else int(rank), *rows[1:])
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:
