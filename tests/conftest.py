@@ -58,3 +58,16 @@ def family_store(tmp_path_factory: pytest.TempPathFactory, family_checkpoint: Ma
         return made[name, dtype]
 
     return store
+
+
+@pytest.fixture(scope="session")
+def calibrated_demo_store(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    """A store of the demo model, calibrated with all predictors kept. To be read only; copy what you want to change."""
+    from sparseflow.calibration.calibrate import CalibrationSettings, calibrate
+    from sparseflow.core.checkpoint import Checkpoint
+    from sparseflow.core.converter import convert
+
+    store = convert(Checkpoint(demo_model), tmp_path_factory.mktemp("calibrated") / "demo", quiet=True)
+    settings = CalibrationSettings(tokens=6144, epochs=1, keeps_all=True)
+    calibrate(store, [demo_model / "calibration.txt"], settings)
+    return store

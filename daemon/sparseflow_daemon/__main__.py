@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparseflow.engine.engine import EVICTIONS
 from sparseflow.engine.reading import IO_MODES
 from sparseflow.errors import BadRequest, SparseFlowError
 from sparseflow.protocol.run_directory import RunDirectory
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--cpu-cache-ratio", type=float, default=default.cpu_cache_ratio, help="at most this share of bundles in memory"
     )
     parser.add_argument("--io", default=default.io, help=f"how bundles are read: {', '.join(IO_MODES)}")
-    parser.add_argument("--eviction", default=default.eviction, help="lru or fifo")
+    parser.add_argument("--eviction", default=default.eviction, help=f"of bundles: {', '.join(EVICTIONS)}")
     parser.add_argument(
         "--max-sessions", type=int, default=default.max_sessions, help="inference processes at once, for each model"
     )

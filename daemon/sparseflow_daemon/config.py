@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparseflow.engine.engine import EVICTIONS
+from sparseflow.engine.engine import DEFAULT_EVICTION, EVICTIONS
 from sparseflow.engine.memory_plan import require_memory
 from sparseflow.engine.reading import require_io
 from sparseflow.errors import BadRequest
@@ -23,8 +23,8 @@ class ServerConfig:
     """At most this share of a model's bundles is kept in memory."""
     io: str = "auto"
     """How bundles are read: `direct`, `buffered`, `map` or `auto`."""
-    eviction: str = "lru"
-    """Which bundle goes first: `lru` or `fifo`."""
+    eviction: str = DEFAULT_EVICTION
+    """Which bundle goes first: the least often used of late (`lfu`), the least recently used (`lru`), or `fifo`."""
     max_sessions: int = 8
     """Inference processes at once, for each model. Each can always lease its share of the arena."""
     drain_timeout_s: float = 5.0

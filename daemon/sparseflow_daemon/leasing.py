@@ -133,7 +133,7 @@ class Leasing:
     def _begin(self, session: Session, lease: Lease) -> list[Outgoing]:
         before = self._engine.counts()
         try:
-            lease.fetch = self._engine.fetch(lease.request.layer, lease.ids)
+            lease.fetch = self._engine.fetch(lease.request.layer, lease.ids, lease.request.keep)
         except SparseFlowError as error:
             return [(lease.line, self._refusal(session, lease.request, error))]
         session.counts += replace(self._engine.counts() - before, hits=0, misses=0)  # those when it has its slots
@@ -167,7 +167,7 @@ class Leasing:
     def _count(self, session: Session, lease: Lease) -> list[int]:
         """Count a fetch that was given its slots; returns the session's `TOLD_COUNTS`."""
         n_missed = self._engine.missed(lease.fetch)
-        if n_missed is not None:
+        if n_missed is not None and lease.request.keep:
             session.counts += FetchCounts(hits=len(lease.ids) - n_missed, misses=n_missed)
         return list(_told_counts(session.counts))
 

@@ -72,7 +72,7 @@ class ServedModel:
         """Fields of the clients' `OffloadStrategy` that the server decides."""
         return {
             "cpu_cache_ratio": self.n_slots / self.n_bundles,
-            "use_lru_eviction": self._config.eviction == "lru",
+            "eviction": self._config.eviction,
         }
 
     @property

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sparseflow.engine.counts import FetchCounts
 from sparseflow.engine.shared_memory import SharedMemory
+from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.protocol.messages import AcquireNeurons
 from sparseflow.protocol.session_counters import COUNTERS_NBYTES, SessionCounters
 from sparseflow_daemon.served_model import ServedModel
@@ -68,6 +69,11 @@ class Session:
     def tokens(self) -> int:
         """Tokens it has decoded, as it says."""
         return self._counters.tokens
+
+    @property
+    def recall(self) -> MeasuredRecall:
+        """What it finds of what is active, as it says."""
+        return self._counters.recall
 
     def sample(self) -> None:
         """Note the number of tokens; called about once a second."""

@@ -145,6 +145,7 @@ def _disk(loaded: list[ServedModel], counts: FetchCounts) -> dict[str, Any]:
 
 
 def _session(session: "Session") -> dict[str, Any]:
+    measured = session.recall
     return {
         "pid": session.pid,
         "model": session.model.name,
@@ -156,6 +157,9 @@ def _session(session: "Session") -> dict[str, Any]:
         "tokens": session.tokens,
         "tokens_per_s": session.tokens_per_s,
         "hit_rate": session.counts.hit_rate,
+        "recall": measured.recall,
+        "recall_error": measured.recall_error,
+        "recall_samples": measured.recall_samples,
         "bytes_from_disk": session.counts.bytes_from_disk,
         "last_error": session.last_error,
     }

@@ -17,7 +17,7 @@ OPTIONS = {
     "lookahead": ("auto", "off", "input", "before"),
     "async_transfer": ("yes", "no"),
     "io": ("auto", "direct", "buffered", "map"),
-    "eviction": ("lru", "fifo"),
+    "eviction": ("lfu", "lru", "fifo"),
     "fidelity": ("exact", "certified", "dense"),
     "cpu_cache_ratio": None,
 }
@@ -61,7 +61,7 @@ def load_sparse(store: Path, memory: str, dtype: str | None, scratch: Path, opti
 
     strategy = OffloadStrategy(
         cpu_cache_ratio=float(options.get("cpu_cache_ratio", 1)),
-        use_lru_eviction=options.get("eviction", "lru") == "lru",
+        eviction=options.get("eviction", "lfu"),
         async_transfer=options.get("async_transfer", "yes") == "yes",
     )
     model = SparseOPTForCausalLM.from_pretrained(

@@ -62,6 +62,8 @@ class CalibrationSettings:
     """Tokens that attend to each other; at most the model's positions."""
     epochs: int = DEFAULT_EPOCHS
     """Of training; 0: no trained predictors."""
+    keeps_all: bool = False
+    """Store also predictors that are the cheapest at no recall, to compare them."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -173,6 +175,7 @@ class _Run:
         fitter = LayerFitter(
             *(self._profile, activity, self._n_training, self._settings.recall),
             epochs=self._settings.epochs,
+            keeps_all=self._settings.keeps_all,
             quiet=self._quiet,
         )
         earlier = range(layer, max(-1, layer - _LOOKAHEAD_LAYERS), -1)

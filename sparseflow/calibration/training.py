@@ -4,6 +4,8 @@ down and up start from the best linear guess and are trained on which neurons fi
 that fired counts more than one that did not.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -33,7 +35,7 @@ def train(
     n_steps = epochs * max(1, n_tokens // _BATCH)
     with torch.enable_grad():
         optimizer = torch.optim.Adam(weights, _RATE)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=n_steps + 1, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, n_steps))
         order = torch.empty(0, dtype=torch.int64)
         for _ in tqdm(range(n_steps), desc=f"rank {start.rank}: train", disable=quiet, leave=False):
             if len(order) < min(_BATCH, n_tokens):
@@ -50,3 +52,8 @@ def train(
             schedule.step()
     down, up, bias = (weight.detach() for weight in weights)
     return LowRank(*half_precision(down, up), bias)
+
+
+def _rate(n_steps: int, step: int) -> float:
+    """Up over the first tenth, then down to nothing."""
+    return min(1.0, (step + 1) / (1 + n_steps // 10)) * (1 - step / n_steps)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from sparseflow.core.config import OffloadStrategy
+from sparseflow.engine.engine import EVICTIONS
 from sparseflow.engine.reading import IO_MODES
 from sparseflow.store.profile import DTYPE_NBYTES
 
@@ -43,7 +44,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--io", default="auto", help=f"how it is read: {', '.join(IO_MODES)}; auto: direct where that is possible"
     )
-    parser.add_argument("--fidelity", default="exact", help="exact, certified or dense")
+    parser.add_argument(
+        "--fidelity",
+        default="exact",
+        help="exact, certified, dense, calibrated, or calibrated:RECALL such as calibrated:0.98",
+    )
     parser.add_argument(
         "--cpu-cache-ratio",
         type=float,
@@ -54,7 +59,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--aggressive-offload", action="store_true", help="keep one layer's share in memory, for all layers in turn"
     )
     parser.add_argument(
-        "--eviction", choices=("lru", "fifo"), default="lru" if default.use_lru_eviction else "fifo", help="of bundles"
+        "--eviction", choices=tuple(EVICTIONS), default=default.eviction, help="which bundle goes when a new one comes"
     )
     parser.add_argument(
         "--activation-threshold",
@@ -71,5 +76,5 @@ def strategy_of(arguments: argparse.Namespace) -> OffloadStrategy:
         cpu_cache_ratio=arguments.cpu_cache_ratio,
         aggressive_offload=arguments.aggressive_offload,
         activation_threshold=arguments.activation_threshold,
-        use_lru_eviction=arguments.eviction == "lru",
+        eviction=arguments.eviction,
     )

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=number(int, 1), help="at most so many of the text; else all")
     parser.add_argument("--window", type=number(int, 2), default=256, help="tokens that attend to each other")
     parser.add_argument("--epochs", type=number(int, 0), default=2, help="of training; 0: no trained predictors")
+    parser.add_argument(
+        "--keep-all", action="store_true", help="store also predictors that are the cheapest at no recall"
+    )
     parser.add_argument("--memory", default="auto", help="as of generate")
     parser.add_argument("--dtype", help="as of generate")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -34,7 +37,9 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     from sparseflow.core.store_home import find_or_convert
     from sparseflow.store.manifest import Manifest
 
-    settings = CalibrationSettings(arguments.recall, arguments.tokens, arguments.window, arguments.epochs)
+    settings = CalibrationSettings(
+        arguments.recall, arguments.tokens, arguments.window, arguments.epochs, arguments.keep_all
+    )
     quiet = arguments.quiet or not sys.stderr.isatty()
     store = find_or_convert(arguments.store, dtype=arguments.dtype, quiet=quiet)
     calibration = calibrate(store, arguments.text, settings, memory=arguments.memory, quiet=quiet)

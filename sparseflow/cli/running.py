@@ -105,6 +105,7 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
         "limit_tokens_per_s": _limit_tokens_per_s(model, touched),
         "messages_per_token": _per_token(model, counts.fetches.messages) if counts.fetches else None,
         "recall": model.stats.recall,
+        "recall_error": model.stats.recall_error,
         "recall_samples": model.stats.recall_samples or None,
         "memory": {
             "private": memory.private,

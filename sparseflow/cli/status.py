@@ -79,11 +79,11 @@ def page(content: dict[str, Any]) -> str:
             lines.append(f"    hits by layer  {' '.join(f'{rate:.0%}' for rate in rates)}")
     lines.append(f"  sessions   {len(content['sessions'])} of {content['max_sessions']}")
     if content["sessions"]:
-        lines.append("      PID  MODEL             TOKENS  TOKENS/S  HITS  LEASES  LAST ERROR")
+        lines.append("      PID  MODEL             TOKENS  TOKENS/S  HITS          RECALL  LEASES  LAST ERROR")
     for session in content["sessions"]:
         lines.append(
             f"  {session['pid']:7}  {session['model'][:16]:16} {session['tokens']:7}  {session['tokens_per_s']:8.1f}  "
-            f"{_share(session['hit_rate']):>4}  {session['leases']:6}  "
+            f"{_share(session['hit_rate']):>4}  {_recall(session):>14}  {session['leases']:6}  "
             f"{session['last_error'] or ('' if session['state'] == 'open' else session['state'])}"
         )
     ill = [thread["name"] for thread in content["threads"] if not thread["alive"]]
@@ -97,6 +97,12 @@ def _size(nbytes: int | None) -> str:
 
 def _share(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.0%}"
+
+
+def _recall(session: dict[str, Any]) -> str:
+    """In per cent, with one standard error."""
+    recall, error = session["recall"], session["recall_error"]
+    return "n/a" if recall is None else f"{recall:.2%} ±{100 * error:.2f}"
 
 
 def _number(value: float | None) -> str:

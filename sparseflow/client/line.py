@@ -57,12 +57,17 @@ class Line:
             self.attachment.is_over = True
             raise ServerNotRunning(f"the server has ended ({error.strerror})") from error
 
-    def acquire(self, layer: int, ids: NDArray[np.uint32], timeout_s: float) -> int:
-        """Ask for bundles; returns the request's id at once. timeout_s: how long the server may wait for slots."""
+    def acquire(self, layer: int, ids: NDArray[np.uint32], timeout_s: float, *, keep: bool = True) -> int:
+        """Ask for bundles; returns the request's id at once.
+
+        Args:
+            timeout_s: how long the server may wait for slots.
+            keep: as in `WeightSource.fetch`.
+        """
         request_id = next(self._request_ids)
         released = list(self._released)
         self._awaited.add(request_id)
-        self._send(AcquireNeurons(request_id, self._epoch, layer, ids.tobytes(), released, timeout_s))
+        self._send(AcquireNeurons(request_id, self._epoch, layer, ids.tobytes(), released, timeout_s, keep))
         del self._released[: len(released)]
         return request_id
 

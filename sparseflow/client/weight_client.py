@@ -22,13 +22,14 @@ from sparseflow.client.attachment import Attachment
 from sparseflow.client.line import Line
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.host_bundles import MappedFetch
-from sparseflow.core.tensor_views import predictor_specs, view_tensors
+from sparseflow.core.tensor_views import predictors_by_layer, view_tensors
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Early, Fetch, HostBundles, SourceStatus
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.errors import BadRequest, Draining, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.inquiry import ask_status
+from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.protocol.messages import TOLD_COUNTS, ErrorReply, NeuronsLeased
-from sparseflow.store.manifest import DENSE_NAME, predictor_name
+from sparseflow.store.manifest import DENSE_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 LOAD_TIMEOUT_S = 600.0
 RECONNECT_TIMEOUT_S = 30.0
 _RETRY_S = 0.05
-_STRATEGY_FIELDS = ("aggressive_offload", "use_lru_eviction")
+_STRATEGY_FIELDS = ("aggressive_offload", "arena_eviction")
 _NONE = np.empty(0, np.uint32)
 _CLIENTS: "weakref.WeakSet[WeightClient]" = weakref.WeakSet()
 
@@ -123,14 +124,11 @@ class WeightClient:
     def predictor_tensors(self) -> "Mapping[str, Tensor]":
         """As `WeightSource.predictor_tensors`: the server's own memory."""
         self._require_own()
-        expected = predictor_specs(self.profile)
-        return {
-            f"{layer}.{name}": tensor
-            for layer in range(self.profile.num_layers)
-            for name, tensor in view_tensors(
-                self._part("predictors", predictor_name(layer)), Path(predictor_name(layer)), expected
-            ).items()
-        }
+        return predictors_by_layer(
+            self.profile,
+            self._parts["predictors"],
+            lambda name, *how: view_tensors(self._part("predictors", name), Path(name), *how),
+        )
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """As `WeightSource.hint`."""
@@ -141,7 +139,7 @@ class WeightClient:
             except ServerError:  # the fetch that follows will find out, and wait for another server
                 self.attachment.has_ended()
 
-    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
+    def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> Fetch:
         """As `WeightSource.fetch`."""
         self._require_own()
         if layer == 0 and self.attachment.welcome.is_resident and self.attachment.has_ended():
@@ -149,7 +147,7 @@ class WeightClient:
         if self.attachment.welcome.is_resident:
             first = layer * self.profile.ffn_dimension
             return MappedFetch(HostBundles(self.attachment.bundles[first : first + self.profile.ffn_dimension], ids))
-        return ServedFetch(self, layer, ids)
+        return ServedFetch(self, layer, ids, keep)
 
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""
@@ -160,6 +158,10 @@ class WeightClient:
     def note_tokens(self, n: int) -> None:
         """As `WeightSource.note_tokens`: `sparseflow status` shows them."""
         self.attachment.counters.add_tokens(n)
+
+    def note_recall(self, measured: MeasuredRecall) -> None:
+        """As `WeightSource.note_recall`: `sparseflow status` shows it."""
+        self.attachment.counters.set_recall(measured)
 
     def status(self) -> SourceStatus:
         """As `WeightSource.status`, asked of the server."""
@@ -288,6 +290,7 @@ class WeightClient:
             raise
         found.close_descriptors()
         found.counters.add_tokens(lost.counters.tokens)
+        found.counters.set_recall(lost.counters.recall)
         lost.close()
 
     def _after_fork(self) -> None:
@@ -303,10 +306,10 @@ class WeightClient:
 class ServedFetch:
     """A fetch of the server's engine: asked for when it is made, leased until it is released."""
 
-    __slots__ = ("_client", "_ids", "_is_ready", "_layer", "_line", "_missing", "_request_id", "_slots")
+    __slots__ = ("_client", "_ids", "_is_ready", "_keep", "_layer", "_line", "_missing", "_request_id", "_slots")
 
-    def __init__(self, client: WeightClient, layer: int, ids: NDArray[np.uint32]) -> None:
-        self._client, self._layer, self._ids = client, layer, ids
+    def __init__(self, client: WeightClient, layer: int, ids: NDArray[np.uint32], keep: bool) -> None:
+        self._client, self._layer, self._ids, self._keep = client, layer, ids, keep
         self._ask()
 
     def early(self) -> Early:
@@ -352,7 +355,7 @@ class ServedFetch:
             attachment = self._client.attachment
             try:
                 self._line = self._client.line()
-                self._request_id = self._line.acquire(self._layer, self._ids, FETCH_TIMEOUT_S)
+                self._request_id = self._line.acquire(self._layer, self._ids, FETCH_TIMEOUT_S, keep=self._keep)
                 return
             except ServerNotRunning:
                 self._client.recover(attachment)

@@ -1,9 +1,11 @@
 """Settings, validated when they are made. Each default is written here and nowhere else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from sparseflow.engine.budgets import divide_slots, shares_of
+from sparseflow.engine.engine import DEFAULT_EVICTION, EVICTIONS
 from sparseflow.errors import BadRequest, FingerprintMismatch, UnsupportedModel
 from sparseflow.store.profile import DTYPE_NBYTES, ModelProfile
 
@@ -38,9 +40,12 @@ class OffloadStrategy:
     activation_threshold: float = 1.0
     """Scales the margin of the predictor's bound; 1.0 leaves the fidelity as it is."""
     use_lru_eviction: bool = True
-    """Evict the least recently used bundle, else the one that came first."""
+    """Evict by use, as `eviction` says, else the bundle that came first."""
     async_transfer: bool = True
     """Read ahead while attention computes, else read when the MLP asks."""
+    eviction: str = DEFAULT_EVICTION
+    """Of bundles in host memory: the least often used of late (`lfu`), the least recently used (`lru`), or the one that
+    came first (`fifo`)."""
 
     def __post_init__(self) -> None:
         for name in ("gpu_cache_ratio", "cpu_cache_ratio"):
@@ -53,6 +58,13 @@ class OffloadStrategy:
                 f"activation_threshold={self.activation_threshold!r}: give a factor of the margin, 0 or more; "
                 "1.0 keeps the fidelity as it is"
             )
+        if self.eviction not in EVICTIONS:
+            raise BadRequest(f"eviction={self.eviction!r}: one of {', '.join(EVICTIONS)}")
+
+    @property
+    def arena_eviction(self) -> str:
+        """How the arena evicts: `eviction`, or `fifo` without `use_lru_eviction`."""
+        return self.eviction if self.use_lru_eviction else "fifo"
 
 
 def require_cpu(device: object) -> None:
@@ -79,7 +91,9 @@ class SparseFlowConfig:
     enable_profiling: bool = True
     """Count active and candidate neurons while running."""
     predictor_weights_path: str | None = None
-    """Trained predictors. This version reads none: None."""
+    """A folder of predictors made elsewhere, two weights a layer: `layer_{i}_predictor_fc1.pt` (rank, hidden) and
+    `layer_{i}_predictor_fc2.pt` (ffn_dim, rank), ReLU between, a neuron chosen where the result is above 0. None: the
+    fidelity decides."""
     hf_config: "OPTConfig | None" = None
     """transformers' configuration of the same model; None: the one in the store."""
 
@@ -89,6 +103,26 @@ class SparseFlowConfig:
         if layer_idx is not None and self.profile.layer_sparsity_map:
             ratio = self.profile.layer_sparsity_map.get(layer_idx, ratio)
         return int(self.profile.ffn_dimension * ratio)
+
+    def with_divided_slots(self, miss_curves: Sequence[Sequence[float]], least: int = 1) -> Self:
+        """The same, with as many device slots, but each layer's number by what it gains from them.
+
+        Args:
+            miss_curves: one a layer, as calibration finds them (`engine.budgets`).
+            least: slots that each layer has in any case.
+
+        Raises:
+            BadRequest: that is more than there are, or curves that do not fit the model.
+        """
+        profile = self.profile
+        if len(miss_curves) != profile.num_layers:
+            raise BadRequest(
+                f"{len(miss_curves)} miss curves, the model has {profile.num_layers} layers; give one each"
+            )
+        n_slots = profile.num_layers * int(profile.ffn_dimension * self.strategy.gpu_cache_ratio)
+        slots = divide_slots(miss_curves, profile.ffn_dimension, n_slots, least)
+        shares = shares_of(slots, profile.ffn_dimension)
+        return replace(self, profile=replace(profile, layer_sparsity_map=shares))
 
     def get_head_dimension(self) -> int:
         """Width of one attention head."""

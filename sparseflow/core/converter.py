@@ -58,7 +58,7 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
     checkpoint_dtype = source.dtype()
     stored_dtype = dtype_name(dtype) if dtype else checkpoint_dtype
     unfinished = destination.with_name(destination.name + ".partial")
-    with exclusive(unfinished, "converting"):
+    with exclusive(unfinished, "converting into"):
         if destination.exists():  # made by another process meanwhile
             unfinished.rmdir()
             raise BadRequest(f"{destination}: exists already; remove it, or choose another place for the store")
@@ -92,7 +92,7 @@ class _Conversion:
         self.description = {
             "name": source.name,
             "checkpoint_dtype": source.dtype(),
-            "rounding_seed": codes.ROUNDING_SEED,
+            "dither_seed": codes.DITHER_SEED,
         }
         identity = {"source": source.identity(), "dtype": profile.dtype, "format_version": FORMAT_VERSION}
         self.journal = Journal(folder, identity | self.description)
@@ -169,9 +169,11 @@ class _Conversion:
     def _write_codes(self, layer: int, specs: Sequence[TensorSpec], name: str) -> FileEntry:
         # Coded from the weights as stored: rounding to the store's dtype must not escape the bound.
         weight = self._in_dtype(self._mlp_weight(layer, "fc1"), f"layer {layer} fc1").float().numpy()
-        blocks = list(codes.code_layer(weight, layer))
+        dither = codes.layer_dither(self.profile.hidden_dimension, layer)
+        blocks = list(codes.code_layer(weight, dither))
         with TensorFileWriter(self.folder / name, specs) as writer:
-            for part in zip(*blocks, strict=True):  # all codes, then all scales, ...
+            writer.write(dither)
+            for part in zip(*blocks, strict=True):  # all coarse codes, then all fine ones, ...
                 writer.write(np.concatenate(part))
             return writer.finish()
 

@@ -25,7 +25,7 @@ def exclusive(folder: Path, doing: str) -> Iterator[Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DiskError(f"{folder}: another process is {doing} in it; wait for it to end") from error
+            raise DiskError(f"{folder}: another process is {doing} it; wait for it to end") from error
         yield folder
     finally:
         os.close(descriptor)

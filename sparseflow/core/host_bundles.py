@@ -44,7 +44,7 @@ class BundleHolder(Protocol):
         """As `WeightSource.hint`."""
         ...
 
-    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
+    def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> Fetch:
         """As `WeightSource.fetch`."""
         ...
 
@@ -78,7 +78,7 @@ class MappedBundles:
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """Nothing to start."""
 
-    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "MappedFetch":
+    def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> "MappedFetch":
         """As `WeightSource.fetch`."""
         return MappedFetch(HostBundles(self._bundles[layer], ids))
 
@@ -127,7 +127,7 @@ class ArenaBundles:
     def __init__(
         self, store: Path, manifest: Manifest, n_slots: int, strategy: OffloadStrategy, io: str, buffers_nbytes: int
     ) -> None:
-        self._engine = Engine(store, manifest, n_slots, eviction="lru" if strategy.use_lru_eviction else "fifo", io=io)
+        self._engine = Engine(store, manifest, n_slots, eviction=strategy.arena_eviction, io=io)
         profile = manifest.profile
         self._waits_for_hints = not strategy.async_transfer
         self._base = view_bundles(self._engine.slots, profile)
@@ -149,9 +149,9 @@ class ArenaBundles:
             with suppress(TimeoutError):  # then the fetch will say so
                 self._engine.settle(_HINT_TIMEOUT_S)
 
-    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> "ArenaFetch":
+    def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> "ArenaFetch":
         """As `WeightSource.fetch`."""
-        return ArenaFetch(self._engine, self._base, self._engine.fetch(layer, ids))
+        return ArenaFetch(self._engine, self._base, self._engine.fetch(layer, ids, keep))
 
     def counts(self) -> FetchCounts:
         """As `BundleHolder.counts`."""

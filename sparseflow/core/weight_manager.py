@@ -19,6 +19,7 @@ from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.engine.memory_plan import MemoryPlan, plan_memory, require_memory
 from sparseflow.engine.reading import require_io
 from sparseflow.errors import BadRequest
+from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.store.manifest import DENSE_NAME, Manifest, check_content
 from sparseflow.store.profile import ModelProfile
 
@@ -178,6 +179,9 @@ class DiskWeightStore:
     def note_tokens(self, n: int) -> None:
         """As `WeightSource.note_tokens`: nobody looks at these."""
 
+    def note_recall(self, measured: MeasuredRecall) -> None:
+        """As `WeightSource.note_recall`: nobody looks at it here."""
+
     def status(self) -> SourceStatus:
         """What is held now."""
         if self._holder is None:
@@ -214,4 +218,4 @@ class DiskWeightStore:
 
 
 # What of a strategy says how bundles are kept in host memory.
-_HOST_FIELDS = ("cpu_cache_ratio", "aggressive_offload", "use_lru_eviction", "async_transfer")
+_HOST_FIELDS = ("cpu_cache_ratio", "aggressive_offload", "arena_eviction", "async_transfer")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.engine.counts import FetchCounts, ReadTimes
+from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.store.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -116,15 +117,21 @@ class WeightSource(Protocol):
         ...
 
     def predictor_tensors(self) -> "Mapping[str, Tensor]":
-        """`LAYER.codes`, `.scales`, `.norms`, `.error_norms` as `store.codes` describes them. Shared; read-only."""
+        """`LAYER.NAME` for each tensor of `store.codes`, and of what was calibrated. Shared; read-only."""
         ...
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
         """Start reading bundles that may be asked for. Promises nothing."""
         ...
 
-    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> Fetch:
-        """Ask for bundles; returns at once. ids: (n,) uint32, ascending, no repeats."""
+    def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> Fetch:
+        """Ask for bundles; returns at once.
+
+        Args:
+            ids: (n,) uint32, ascending, no repeats.
+            keep: False: a look that leaves no trace. What had to be read for it is let go when it is released, what was
+                there grows no younger, and neither hits nor misses count it.
+        """
         ...
 
     def counts(self) -> FetchCounts | None:
@@ -133,6 +140,10 @@ class WeightSource(Protocol):
 
     def note_tokens(self, n: int) -> None:
         """Tokens were decoded: for whoever shows how fast that goes."""
+        ...
+
+    def note_recall(self, measured: MeasuredRecall) -> None:
+        """How much is found of what is active, as measured so far: for whoever shows it."""
         ...
 
     def status(self) -> SourceStatus:

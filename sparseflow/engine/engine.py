@@ -19,6 +19,7 @@ from sparseflow.engine.arena import Arena
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.engine.disk_speed import DiskSpeed
 from sparseflow.engine.eviction import Eviction, FirstInFirstOut, LeastRecentlyUsed
+from sparseflow.engine.least_often_used import LeastOftenUsed
 from sparseflow.engine.loader import Loader
 from sparseflow.engine.read_plan import LONGEST_READ_NBYTES
 from sparseflow.engine.reading import Reading, open_reading
@@ -27,7 +28,13 @@ from sparseflow.engine.shard_files import ShardFiles
 from sparseflow.errors import ArenaBusy, BadRequest, DiskError
 from sparseflow.store.manifest import Manifest
 
-EVICTIONS: dict[str, Callable[[int, int], Eviction]] = {"lru": LeastRecentlyUsed, "fifo": FirstInFirstOut}
+# By the number of layers, neurons of a layer, and slots.
+EVICTIONS: dict[str, Callable[[int, int, int], Eviction]] = {
+    "lfu": LeastOftenUsed,
+    "lru": LeastRecentlyUsed,
+    "fifo": FirstInFirstOut,
+}
+DEFAULT_EVICTION = "lfu"  # on every trace so far it missed the fewest, see scripts/bench/NOTES.md
 _CLOSE_TIMEOUT_S = 30.0
 
 
@@ -54,7 +61,7 @@ class Engine:
         manifest: Manifest,
         n_slots: int,
         *,
-        eviction: str = "lru",
+        eviction: str = DEFAULT_EVICTION,
         io: str = "auto",
         shared: bool = False,
         event_fd: int | None = None,
@@ -62,7 +69,7 @@ class Engine:
         """
         Args:
             n_slots: bundles that the arena holds.
-            eviction: `lru` or `fifo`.
+            eviction: one of EVICTIONS.
             io: `direct`, `buffered`, `map`, or `auto`: direct where the file system and the kernel allow it.
             shared: the arena is memory that other processes can be given to read.
             event_fd: an eventfd that becomes readable as reads end, for a loop that never waits here.
@@ -74,7 +81,7 @@ class Engine:
         self.profile = profile
         self._arena = Arena(n_slots, profile.bundle_nbytes, shared=shared)
         sizes = profile.num_layers, profile.ffn_dimension, n_slots
-        self._residency = Residency(*sizes, EVICTIONS[eviction](profile.num_layers, n_slots))
+        self._residency = Residency(*sizes, EVICTIONS[eviction](*sizes))
         shards = ShardFiles(store, manifest)
         reading = self._reading = open_reading(shards, io, event_fd)
         try:
@@ -166,11 +173,12 @@ class Engine:
             ids = ids[: self._loader.reads_of(ids).first[: self._loader.room + 1][-1]] if len(ids) else ids
             self._handle(Hint(layer, ids))
 
-    def fetch(self, layer: int, ids: NDArray[np.uint32]) -> int:
+    def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> int:
         """Ask for bundles; returns at once, with the fetch's number.
 
         Args:
             ids: (n,) uint32, ascending, no repeats.
+            keep: False: leave no trace, in what is kept, in its order of eviction or in the counts of bundles.
 
         Raises:
             ArenaBusy: more than the arena has slots. BadRequest: not neurons of this model.
@@ -185,7 +193,7 @@ class Engine:
             self._require_open()
             self._collect_now()
             number = self._n_fetches = self._n_fetches + 1
-            self._handle(Acquire(number, layer, ids))
+            self._handle(Acquire(number, layer, ids, keep))
             return number
 
     def leased(self, fetch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None:

@@ -1,4 +1,4 @@
-"""Which bundle to evict: least recently used, or first in first out. Vectorised over slots.
+"""Which bundle to evict: what a policy is, and two of them: least recently used, first in first out. Vectorised.
 
 Slots that were used (or filled) together form a group, and groups wait in lanes, oldest first. A slot that is used
 again joins a new group; its entry in the old one is known to be stale by the slot's stamp. So every use costs one
@@ -17,8 +17,8 @@ Slots = NDArray[np.int64]
 class Eviction(Protocol):
     """What residency asks of a policy."""
 
-    def filled(self, layer: int, slots: Slots) -> None:
-        """Slots were given to bundles of a layer, which are on their way."""
+    def filled(self, layer: int, slots: Slots, ids: NDArray[np.integer]) -> None:
+        """Slots were given to bundles of a layer, which are on their way. ids[i] goes to slots[i]."""
         ...
 
     def used(self, layer: int, slots: Slots) -> None:
@@ -92,12 +92,12 @@ class LeastRecentlyUsed:
     in all layers; among those the ones go first whose layer comes again last.
     """
 
-    def __init__(self, n_layers: int, n_slots: int) -> None:
+    def __init__(self, n_layers: int, ffn_dim: int, n_slots: int) -> None:
         self._lanes = _Lanes(n_layers, n_slots)
         self._turn = [0] * n_layers
         self._current = n_layers - 1
 
-    def filled(self, layer: int, slots: Slots) -> None:
+    def filled(self, layer: int, slots: Slots, ids: NDArray[np.integer]) -> None:
         """As `Eviction.filled`: as young as what is used this turn."""
         self._lanes.append(layer, self._turn[layer], slots)
 
@@ -142,10 +142,10 @@ class LeastRecentlyUsed:
 class FirstInFirstOut:
     """Evicts what was filled first, whatever has been used since."""
 
-    def __init__(self, n_layers: int, n_slots: int) -> None:
+    def __init__(self, n_layers: int, ffn_dim: int, n_slots: int) -> None:
         self._lanes = _Lanes(1, n_slots)
 
-    def filled(self, layer: int, slots: Slots) -> None:
+    def filled(self, layer: int, slots: Slots, ids: NDArray[np.integer]) -> None:
         """As `Eviction.filled`."""
         self._lanes.append(0, 0, slots)
 

@@ -24,7 +24,7 @@ LEAST_SHARE = 0.01
 DENSE_PART_NBYTES = 16 << 20
 
 _SLOT_TABLES_NBYTES = 64  # per slot: state in residency, groups of the eviction
-_BUNDLE_TABLES_NBYTES = 12  # per bundle of the store: its slot, its checksum
+_BUNDLE_TABLES_NBYTES = 20  # per bundle of the store: its slot, its checksum, how often it was used
 _READ_BUFFERS_NBYTES = 8 << 20  # scrap, cells for spans that are not aligned, rows of reads, threads
 
 

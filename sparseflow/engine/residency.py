@@ -7,6 +7,10 @@
 A fetch leases its slots from the moment it has all of them until it is released or fails. A leased slot, and one that
 is being filled, is never given to another bundle. A fetch that cannot have its slots yet holds none, and those behind
 it wait for it: so no two fetches can wait for each other, and none is overtaken for ever.
+
+A fetch that keeps nothing leaves no trace: what it finds grows no younger, nothing is counted, and bundles that had to
+be read for it pass. A passing bundle is unknown to the eviction, and gone with its last lease, unless a fetch that
+keeps has asked for it by then.
 """
 
 from collections import deque
@@ -27,6 +31,8 @@ class Acquire:
     fetch: int
     layer: int
     ids: NDArray[np.uint32]
+    keep: bool = True
+    """The bundles stay when it is released, until they are evicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,7 @@ class Residency:
         self._n_leases = np.zeros(n_slots, np.int32)
         self._may_go = np.zeros(n_slots, bool)  # filled, and not leased
         self._is_hinted = np.zeros(n_slots, bool)  # loaded for a hint, and no fetch has asked for it yet
+        self._is_passing = np.zeros(n_slots, bool)  # loaded for fetches that keep nothing; the eviction does not know
         self.layer_hits = np.zeros(n_layers, np.int64)
         self.layer_misses = np.zeros(n_layers, np.int64)
         self._free = np.arange(n_slots)[::-1].copy()  # a stack: the first n_free entries
@@ -201,22 +208,28 @@ class Residency:
                 self._end_lease(hits)
                 break
             self._waiting.popleft()
-            self._eviction.used(fetch.layer, hits)
-            self._count_hints(hits)
+            if fetch.keep:
+                self._use(fetch.layer, hits, n_missing)
             if n_missing:
                 missing = fetch.ids[is_missing]
-                slots[is_missing] = placed = self._place(fetch.layer, missing)
+                slots[is_missing] = placed = self._place(fetch.layer, missing, keep=fetch.keep)
                 self._n_leases[placed] += 1
                 instructions.append(Load(fetch.layer, missing, placed, is_hint=False))
-            self.counts.hits += len(hits)
-            self.counts.misses += n_missing
-            self.layer_hits[fetch.layer] += len(hits)
-            self.layer_misses[fetch.layer] += n_missing
             is_ready = not n_missing and not self._is_loading[slots].any()
             self._leases[fetch.fetch] = _Lease(slots, is_ready, n_missing)
             if is_ready:
                 instructions.append(Ready(fetch.fetch, slots))
         return instructions
+
+    def _use(self, layer: int, hits: NDArray[np.int64], n_missing: int) -> None:
+        """A fetch that keeps finds some bundles and lacks others."""
+        self._keep(layer, hits)
+        self._eviction.used(layer, hits)
+        self._count_hints(hits)
+        self.counts.hits += len(hits)
+        self.counts.misses += n_missing
+        self.layer_hits[layer] += len(hits)
+        self.layer_misses[layer] += n_missing
 
     def _on_hint(self, hint: Hint) -> list[Instruction]:
         missing = hint.ids[~self.resident(hint.layer, hint.ids)]
@@ -236,6 +249,7 @@ class Residency:
             self._waiting = deque(fetch for fetch in self._waiting if fetch.fetch != event.fetch)
         else:
             self._end_lease(lease.slots)
+            self._let_pass(lease.slots)
         return self._grant()
 
     def _end_lease(self, slots: NDArray[np.int64]) -> None:
@@ -243,9 +257,39 @@ class Residency:
         self._n_leases[slots] = n_leases
         self._may_go[slots] = (n_leases == 0) & ~self._is_loading[slots]
 
+    def _let_pass(self, slots: NDArray[np.int64]) -> None:
+        """Free those that pass and that nobody needs any more; keep those that a waiting fetch will."""
+        slots = slots[self._is_passing[slots] & self._may_go[slots]]
+        if not len(slots):
+            return
+        for fetch in self._waiting:
+            if fetch.keep:
+                is_wanted = (self._layer_in[slots] == fetch.layer) & np.isin(self._id_in[slots], fetch.ids)
+                self._keep(fetch.layer, slots[is_wanted])
+        gone = slots[self._is_passing[slots]]
+        self._may_go[gone] = False
+        self._empty(gone)
+
+    def _keep(self, layer: int, slots: NDArray[np.int64]) -> None:
+        """What passed so far stays."""
+        kept = slots[self._is_passing[slots]]
+        if len(kept):
+            self._is_passing[kept] = False
+            self._eviction.filled(layer, kept, self._id_in[kept])
+
+    def _empty(self, slots: NDArray[np.int64]) -> None:
+        """Slots hold nothing any more, and are free."""
+        self._slot_of[self._layer_in[slots], self._id_in[slots]] = ABSENT
+        self._layer_in[slots] = ABSENT
+        self._eviction.freed(slots[~self._is_passing[slots]])
+        self._is_passing[slots] = False
+        self._forget_hints(slots)
+        self._push_free(slots)
+
     def _on_loaded(self, event: Loaded) -> list[Instruction]:
         self._is_loading[event.slots] = False
         self._may_go[event.slots] = self._n_leases[event.slots] == 0
+        self._let_pass(event.slots)
         ready: list[Instruction] = []
         for fetch, lease in self._leases.items():
             if not lease.is_ready and not self._is_loading[lease.slots].any():
@@ -257,17 +301,16 @@ class Residency:
         has_failed = np.zeros(self.n_slots, bool)
         has_failed[event.slots] = True
         hurt = [fetch for fetch, lease in self._leases.items() if has_failed[lease.slots].any()]
-        for fetch in hurt:
-            self._end_lease(self._leases.pop(fetch).slots)
+        ended = [self._leases.pop(fetch).slots for fetch in hurt]
+        for slots in ended:
+            self._end_lease(slots)
         self._is_loading[event.slots] = False
-        self._slot_of[self._layer_in[event.slots], self._id_in[event.slots]] = ABSENT
-        self._layer_in[event.slots] = ABSENT
-        self._eviction.freed(event.slots)
-        self._forget_hints(event.slots)
-        self._push_free(event.slots)
+        self._empty(event.slots)
+        for slots in ended:
+            self._let_pass(slots)
         return [*(Refuse(fetch, event.error) for fetch in hurt), *self._grant()]
 
-    def _place(self, layer: int, ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+    def _place(self, layer: int, ids: NDArray[np.uint32], *, keep: bool = True) -> NDArray[np.int64]:
         """Give absent bundles a slot each, evicting where none is free. The slots count as loading from now on."""
         n_short = len(ids) - self._n_free
         if n_short > 0:
@@ -278,7 +321,10 @@ class Residency:
         self._layer_in[slots] = layer
         self._id_in[slots] = ids
         self._is_loading[slots] = True
-        self._eviction.filled(layer, slots)
+        if keep:
+            self._eviction.filled(layer, slots, ids)
+        else:
+            self._is_passing[slots] = True
         return slots
 
     def _evict(self, n: int) -> None:

@@ -6,43 +6,29 @@ in 16-bit steps:
     w_i . x + b_i  <=  w^_i . x^ + b_i  +  margin_i  +  ||w^_i|| (||r|| + float error)
 
 `certified`: margin_i = ||e_i|| ||x|| (Cauchy-Schwarz): never too small.
-`exact`: margin_i = sqrt(ln(1/d) / 2 * sum_g s_ig^2 ||x_g||^2) (Hoeffding's inequality for rounding errors of mean 0 and
-width s_ig, independent of x): too small with probability d at most, for one neuron and one token.
+`exact`: margin_i = sqrt(ln(1/d) / 6 * sum_g s_ig^2 ||x_g||^2): too small with probability d at most, for one neuron and
+one token. Subtractive dither makes the errors e_ij uniform on a width of s_ig, independent of each other and of x; such
+an error has E exp(t e) = sinh(t s/2) / (t s/2) <= exp(t^2 s^2 / 24), and Chernoff's bound on their sum is this margin.
+It is 1.73 times smaller than Hoeffding's, which holds for any error of that width.
 
-A neuron whose bound is not <= 0 is a candidate; so a NaN is one. `candidates_ref` is the slow twin.
+The coarse plane of the codes bounds every neuron, and the fine plane, with steps a sixteenth as wide, those that it has
+not settled; d is halved between the two. A neuron whose last bound is not <= 0 is a candidate; so a NaN is one.
+`candidates_ref` and `upper_bounds_ref` are the slow twins.
 """
 
 import enum
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparseflow.kernels import threads
-from sparseflow.kernels.intrinsics import (
-    DIGEST,
-    advance,
-    float32_at,
-    float64_at,
-    grouped_dot,
-    int8_at,
-    int16_at,
-    int64_at,
-    uint32_at,
-)
-from sparseflow.kernels.threads import compile_kernel, team_rank, team_size
-from sparseflow.store.codes import GROUP
+from sparseflow.kernels import scoring, threads
+from sparseflow.store.codes import DITHER_UNIT, FINE_STEPS, GROUP, ROW_GROUP_NBYTES
 
-_FASTMATH = {"reassoc", "contract", "nsz"}
-
-# Head-room over the rounding of these kernels' own arithmetic. Scores are float32 (unit 2**-24), margins float64.
+# Head-room over the rounding of margins, which are float64, and of the codes' norms.
 _MARGIN_SLACK = 1 + 2.0**-20
-_BIAS_SLACK = 2.0**-22
-_UNDERFLOW_SLACK = 1e-30  # products of float32 scales that round to 0; a pre-activation this near to 0 is a candidate
 
 
 class Margin(enum.IntEnum):
@@ -53,138 +39,38 @@ class Margin(enum.IntEnum):
 
 
 class CodedRows(NamedTuple):
-    """fc1 of one layer in 8-bit codes: w^_ij = scales[i, j // GROUP] * codes[i, j]. All contiguous.
+    """fc1 of one layer as `store.codes` codes it. All contiguous.
 
-    codes: (ffn_dim, n_groups * GROUP) int8, zero beyond hidden. scales: (ffn_dim, n_groups) float32.
-    bias: (ffn_dim,) float32, fc1's. norms: (ffn_dim,) float32, ||w^_i|| or more. error_norms: (ffn_dim,) float32,
-    ||e_i|| or more.
+    dither: (n_groups * GROUP,) float32, zero beyond hidden. coarse, fine: (ffn_dim, n_groups * GROUP / 2) int8, two
+    codes a byte. scales: (ffn_dim, n_groups) float32. bias: (ffn_dim,) float32, fc1's. norms: (ffn_dim,) float32,
+    ||w^_i|| or more. coarse_error_norms, fine_error_norms: (ffn_dim,) float32, ||e_i|| or more.
     """
 
-    codes: Tensor
+    dither: Tensor
+    coarse: Tensor
+    fine: Tensor
     scales: Tensor
     bias: Tensor
     norms: Tensor
-    error_norms: Tensor
+    coarse_error_norms: Tensor
+    fine_error_norms: Tensor
+
+    def nbytes_read(self, n_passes: int, n_fine_rows: int) -> int:
+        """Bytes read where all coarse rows are read so many times, and so many fine rows; fc1's bias apart."""
+        per_pass = (self.dither, self.coarse, self.scales, self.norms, self.coarse_error_norms)
+        return n_passes * sum(t.nbytes for t in per_pass) + n_fine_rows * (self.fine.shape[1] + 4)
 
 
-@njit(fastmath=_FASTMATH)
-def _quantise_group(x, length, codes):
-    """x[:length] in 16-bit steps. Returns (step, sum of x^2, sum of error^2); a NaN step if x is not finite."""
-    squares = 0.0
-    peak = np.float32(0)
-    for j in range(length):
-        squares += np.float64(x[j]) * np.float64(x[j])
-        peak = max(peak, abs(x[j]))
-    for j in range(GROUP):
-        codes[j] = 0
-    if not squares < np.inf:
-        return np.float32(np.nan), squares, squares
-    step = peak / np.float32(32767)
-    if step < np.float32(1e-30):  # too small to divide by: all of x counts as error
-        return np.float32(0), squares, squares
-    residual = 0.0
-    for j in range(length):
-        code = min(max(np.rint(x[j] / step), np.float32(-32767)), np.float32(32767))
-        codes[j] = np.int16(code)
-        difference = np.float64(x[j]) - np.float64(step) * np.float64(code)
-        residual += difference * difference
-    return step, squares, residual
+class Scored(NamedTuple):
+    """What the kernel found.
 
-
-@njit(fastmath=_FASTMATH)
-def _quantise_token(x, hidden, n_groups, codes, steps, squares, norms, float_unit):
-    """norms: two floats, ||x|| and the bound's factor of ||w^_i||."""
-    total = 0.0
-    residual = 0.0
-    for g in range(n_groups):
-        first = g * GROUP
-        steps[g], squares[g], group_residual = _quantise_group(
-            advance(x, first), min(GROUP, hidden - first), advance(codes, first)
-        )
-        total += squares[g]
-        residual += group_residual
-    norms[0] = np.sqrt(total)
-    norms[1] = np.sqrt(residual) + norms[0] * float_unit
-
-
-@njit(fastmath=_FASTMATH)
-def _hoeffding_width(scales, squares, n_groups):
-    """sqrt(sum_g s_g^2 ||x_g||^2)"""
-    total = 0.0
-    for g in range(n_groups):
-        scale = np.float64(scales[g])
-        total += scale * scale * squares[g]
-    return np.sqrt(total)
-
-
-@njit(fastmath=_FASTMATH)
-def _find_candidates(block, part, n_parts):
-    """Quantise the tokens, bound one part of the neurons, and list its candidates from its first neuron's place on.
-
-    block: n_parts, n_neurons, n_groups, n_tokens, hidden, codes (int8), scales, bias, norms, error norms, x,
-    x codes (int16), x steps, x squares (float64), x norms (float64) (these four: parts x tokens x ...),
-    settings (float64), ids (uint32: n_neurons), counts (int64: n_parts); float32 where not said.
-    settings: which margin (0 or 1), its factor, the factor of all margins, the float error unit.
+    ids: (n,) uint32, ascending: the candidates. bounds: (n_tokens, ffn_dim) float32. n_fine_rows: rows whose fine plane
+    was read.
     """
-    n_neurons, n_groups, n_tokens, hidden = block[1], block[2], block[3], block[4]
-    codes, scales, bias = int8_at(block[5]), float32_at(block[6]), float32_at(block[7])
-    norms, error_norms, x = float32_at(block[8]), float32_at(block[9]), float32_at(block[10])
-    settings, ids, counts = float64_at(block[15]), uint32_at(block[16]), int64_at(block[17])
-    exact, factor, threshold, float_unit = settings[0] != 0, settings[1], settings[2], settings[3]
-    width, token = n_groups * GROUP, part * n_tokens
-    x_codes, x_steps = advance(int16_at(block[11]), token * width), advance(float32_at(block[12]), token * n_groups)
-    x_squares, x_norms = advance(float64_at(block[13]), token * n_groups), advance(float64_at(block[14]), token * 2)
 
-    for t in range(n_tokens):
-        _quantise_token(
-            advance(x, t * hidden), hidden, n_groups, advance(x_codes, t * width), advance(x_steps, t * n_groups),
-            advance(x_squares, t * n_groups), advance(x_norms, t * 2), float_unit,
-        )  # fmt: skip
-    first = n_neurons * part // n_parts
-    found = advance(ids, first)
-    count = 0
-    for i in range(first, n_neurons * (part + 1) // n_parts):
-        row, row_scales = advance(codes, i * width), advance(scales, i * n_groups)
-        rounding = np.float64(abs(bias[i])) * _BIAS_SLACK
-        for t in range(n_tokens):
-            score = bias[i] + grouped_dot(
-                row, advance(x_codes, t * width), row_scales, advance(x_steps, t * n_groups), n_groups
-            )
-            if exact:
-                margin = factor * _hoeffding_width(row_scales, advance(x_squares, t * n_groups), n_groups)
-            else:
-                margin = factor * np.float64(error_norms[i]) * x_norms[2 * t]
-            margin += np.float64(norms[i]) * x_norms[2 * t + 1] + rounding
-            if norms[i] > 0 and x_norms[2 * t] > 0:  # else the score is the bias itself
-                margin += _UNDERFLOW_SLACK
-            bound = np.float64(score) + threshold * margin
-            if not (-np.inf < bound and bound <= 0):  # NaN and overflow stay candidates
-                found[count] = i
-                count += 1
-                break
-    counts[part] = count
-
-
-@cache
-def _kernel() -> Any:
-    """Compiled on first use."""
-    digest = DIGEST
-
-    def find_candidates(args):
-        block = int64_at(args)
-        if digest:
-            for part in range(np.int64(team_rank()), block[0], np.int64(team_size())):
-                _find_candidates(block, part, block[0])
-
-    return compile_kernel(find_candidates)
-
-
-def _settings(margin: Margin, failure_probability: float, threshold: float, n_groups: int) -> NDArray[np.float64]:
-    factor = _MARGIN_SLACK
-    if margin is Margin.EXACT:
-        factor *= float(np.sqrt(np.log(1 / failure_probability) / 2))
-    float_unit = (n_groups + 24) * 2.0**-23  # products and sums of n_groups terms in 16 lanes
-    return np.array([margin, factor, threshold, float_unit])
+    ids: NDArray[np.uint32]
+    bounds: Tensor
+    n_fine_rows: int
 
 
 def candidates(
@@ -197,42 +83,80 @@ def candidates(
         x: (n_tokens, hidden) float32, contiguous: the inputs of fc1.
         margin: which bound.
         failure_probability: d, for one neuron and one token; used by `Margin.EXACT` alone.
-        threshold: multiplies all margins; 1.0 is the bound as stated.
+        threshold: multiplies all margins; 1.0 is the bound as stated. Any finite number.
+        planes: 2; or 1: the coarse plane decides alone.
 
     Returns:
         (n,) uint32, ascending.
+    """
+    return score(rows, x, margin, failure_probability, threshold, planes).ids
+
+
+def upper_bounds(
+    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
+) -> Tensor:
+    """The bounds themselves, (n_tokens, ffn_dim) float32: a neuron is a candidate where its bound is not <= 0.
+
+    Each is the last one computed: the coarse plane's where that settles the neuron for this token.
+    """
+    return score(rows, x, margin, failure_probability, threshold, planes, needs_all=True).bounds
+
+
+def score(
+    rows: CodedRows,
+    x: Tensor,
+    margin: Margin,
+    failure_probability: float,
+    threshold: float = 1.0,
+    planes: int = 2,
+    *,
+    needs_all: bool = False,
+) -> Scored:
+    """As `candidates`.
+
+    needs_all: the last bound of every token is wanted, and `n_fine_rows` counts each token as if it were alone. Else
+    a neuron is done with once it is a candidate for one token.
     """
     n_neurons, n_groups = rows.scales.shape
     n_tokens, hidden = x.shape
     n_parts = torch.get_num_threads()
     x_codes = np.empty((n_parts, n_tokens, n_groups * GROUP), np.int16)
     x_steps = np.empty((n_parts, n_tokens, n_groups), np.float32)
-    x_squares, x_norms = np.empty((n_parts, n_tokens, n_groups)), np.empty((n_parts, n_tokens, 2))
-    settings = _settings(margin, failure_probability, threshold, n_groups)
-    ids, counts = np.empty(n_neurons, np.uint32), np.zeros(n_parts, np.int64)
+    x_sums = np.empty((3, n_parts, n_tokens, n_groups))  # squares, coarse offsets, fine offsets
+    x_norms = np.empty((n_parts, n_tokens, 2))
+    float_unit = (n_groups + 24) * 2.0**-22  # products and sums of n_groups terms in 16 lanes, 2.5 ||w^|| ||x|| large
+    factor = _factor(margin, failure_probability, hidden)
+    settings = np.array([margin, factor, threshold, planes, float_unit])
+    scores, bounds = np.empty((n_tokens, n_neurons)), torch.empty(n_tokens, n_neurons)
+    ids, counts = np.empty(n_neurons, np.uint32), np.zeros((n_parts, 2), np.int64)
     block = (
         *(n_parts, n_neurons, n_groups, n_tokens, hidden),
-        *(rows.codes.data_ptr(), rows.scales.data_ptr(), rows.bias.data_ptr()),
-        *(rows.norms.data_ptr(), rows.error_norms.data_ptr(), x.data_ptr(), x_codes.ctypes.data),
-        *(x_steps.ctypes.data, x_squares.ctypes.data, x_norms.ctypes.data),
-        *(settings.ctypes.data, ids.ctypes.data, counts.ctypes.data),
+        *(rows.coarse.data_ptr(), rows.fine.data_ptr(), rows.scales.data_ptr(), rows.bias.data_ptr()),
+        *(rows.norms.data_ptr(), rows.coarse_error_norms.data_ptr(), rows.fine_error_norms.data_ptr()),
+        *(rows.dither.data_ptr(), x.data_ptr(), x_codes.ctypes.data, x_steps.ctypes.data),
+        *(sums.ctypes.data for sums in x_sums),
+        *(x_norms.ctypes.data, settings.ctypes.data, scores.ctypes.data, bounds.data_ptr()),
+        *(ids.ctypes.data, counts.ctypes.data, needs_all),
     )
-    threads.run(_kernel(), np.array(block, np.int64), n_parts)
-    return np.concatenate([ids[n_neurons * part // n_parts :][: counts[part]] for part in range(n_parts)])
+    threads.run(scoring.kernel(), np.array(block, np.int64), n_parts)
+    found = [ids[n_neurons * part // n_parts :][: counts[part, 0]] for part in range(n_parts)]
+    return Scored(np.concatenate(found), bounds, int(counts[:, 1].sum()))
 
 
-def upper_bounds(
-    rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
-) -> Tensor:
-    """The bounds themselves, (n_tokens, ffn_dim) float32: a neuron is a candidate where its bound is not <= 0."""
-    return upper_bounds_ref(rows, x, margin, failure_probability, threshold).float()
+def _factor(margin: Margin, failure_probability: float, hidden: int) -> float:
+    """Of the margin in the fine plane; a step of the coarse plane is FINE_STEPS as wide."""
+    if margin is Margin.CERTIFIED:
+        return _MARGIN_SLACK
+    # A dither in units of 2**-20 makes an error that is within a unit of a uniform one: by ||.||_1 <= sqrt(n) ||.||.
+    discreteness = DITHER_UNIT * np.sqrt(hidden)
+    return float(np.sqrt(np.log(2 / failure_probability) / 6) + discreteness) * _MARGIN_SLACK
 
 
 def candidates_ref(
     rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
 ) -> NDArray[np.uint32]:
     """The same bounds in float64 without quantising x: never a neuron more than `candidates`, few fewer."""
-    bound = upper_bounds_ref(rows, x, margin, failure_probability, threshold)
+    bound = upper_bounds_ref(rows, x, margin, failure_probability, threshold, planes)
     return torch.nonzero((~(bound <= 0)).any(0)).flatten().numpy().astype(np.uint32)
 
 
@@ -241,10 +165,34 @@ def upper_bounds_ref(
 ) -> Tensor:
     """(n_tokens, ffn_dim) float64."""
     n_groups = rows.scales.shape[1]
-    padded = torch.nn.functional.pad(x.double(), (0, n_groups * GROUP - x.shape[1])).unflatten(1, (n_groups, GROUP))
-    coded = rows.codes.double().unflatten(1, (n_groups, GROUP)) * rows.scales.double()[:, :, None]
-    score = padded.flatten(1) @ coded.flatten(1).T + rows.bias.double()  # (n_tokens, ffn_dim)
-    if margin is Margin.EXACT:
-        width = padded.square().sum(2) @ rows.scales.double().square().T
-        return score + threshold * torch.sqrt(width * (np.log(1 / failure_probability) / 2))
-    return score + threshold * rows.error_norms.double() * padded.flatten(1).norm(dim=1, keepdim=True)
+    padded = torch.nn.functional.pad(x.double(), (0, n_groups * GROUP - x.shape[1]))
+    width = torch.sqrt(padded.unflatten(1, (n_groups, GROUP)).square().sum(2) @ rows.scales.double().square().T)
+    factor = np.sqrt(np.log(2 / failure_probability) / 6)
+
+    def bound(coded: Tensor, step: int, error_norms: Tensor) -> Tensor:
+        score = padded @ coded.T + rows.bias.double()  # (n_tokens, ffn_dim)
+        certified = error_norms.double() * padded.norm(dim=1, keepdim=True)
+        return score + threshold * (factor * step * width if margin is Margin.EXACT else certified)
+
+    coarse, fine = decoded(rows)
+    first = bound(coarse, FINE_STEPS, rows.coarse_error_norms)
+    return first if planes == 1 else torch.where(first <= 0, first, bound(fine, 1, rows.fine_error_norms))
+
+
+def decoded(rows: CodedRows) -> tuple[Tensor, Tensor]:
+    """The rows that the coarse codes stand for, and those that both planes do: (ffn_dim, n_groups * GROUP) float64.
+
+    What they hold beyond hidden stands for nothing.
+    """
+    steps = rows.scales.double().repeat_interleave(GROUP, 1)
+    dither = rows.dither.double()
+    upper, lower = _unpacked(rows.coarse), _unpacked(rows.fine)
+    coarse = FINE_STEPS * upper + FINE_STEPS / 2 - dither
+    return steps * coarse, steps * (coarse + lower + 0.5)
+
+
+def _unpacked(plane: Tensor) -> Tensor:
+    """(n, n_groups * GROUP) float64: the codes, from -8 to 7."""
+    packed = plane.unflatten(1, (-1, ROW_GROUP_NBYTES)).int()
+    lower = (packed + 8) % 16 - 8
+    return torch.cat((lower, packed >> 4), 2).flatten(1).double()

@@ -10,12 +10,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparseflow.store.codes import GROUP
+from sparseflow.store.codes import GROUP, ROW_GROUP_NBYTES
 
 DIGEST = zlib.crc32(Path(__file__).read_bytes(), GROUP) | 1  # of this file and what it imports; never 0
 
-_CACHE_LINE_NBYTES = 64
-_PREFETCH_AHEAD = 2048  # bytes of codes, asked for before they are read
+_PREFETCH_AHEAD = 2048  # bytes of codes, asked for before they are read; a group of a row is one cache line
 _LANES = 16  # float32 lanes of the running sum; LLVM splits them where the machine's vectors are narrower
 
 
@@ -109,11 +108,30 @@ float32_at = _pointer_to(types.float32)
 float64_at = _pointer_to(types.float64)
 
 
-def _load_widened(builder: Any, pointer: Any, offset: Any, element: ir.Type) -> Any:
-    """Two lanes' width of small integers at pointer[offset], sign-extended to int32."""
+def _load_wide(builder: Any, pointer: Any, offset: Any, element: ir.Type) -> Any:
+    """Two lanes' width of small integers at pointer[offset], sign-extended to int16."""
     vector = ir.VectorType(element, 2 * _LANES)
-    address = builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer())
-    return builder.sext(builder.load(address, align=1), ir.VectorType(ir.IntType(32), 2 * _LANES))
+    values = builder.load(builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
+    wide = ir.VectorType(ir.IntType(16), 2 * _LANES)
+    return values if values.type == wide else builder.sext(values, wide)
+
+
+def _nibbles(builder: Any, packed: Any) -> tuple[Any, Any]:
+    """The lower and the upper four bits of sign-extended bytes, each with its own sign."""
+    places = [ir.Constant(packed.type, [n_bits] * packed.type.count) for n_bits in (12, 4)]
+    return builder.ashr(builder.shl(packed, places[0]), places[0]), builder.ashr(packed, places[1])
+
+
+def _pairwise_products(builder: Any, a: Any, b: Any) -> Any:
+    """Products of two int16 vectors, neighbours added in int32: LLVM makes one `pmaddwd` of it."""
+    wide = ir.VectorType(ir.IntType(32), 2 * _LANES)
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    lanes_i32 = ir.VectorType(ir.IntType(32), _LANES)
+    even = ir.Constant(lanes_i32, list(range(0, 2 * _LANES, 2)))
+    odd = ir.Constant(lanes_i32, list(range(1, 2 * _LANES, 2)))
+    return builder.add(
+        builder.shuffle_vector(products, products, even), builder.shuffle_vector(products, products, odd)
+    )
 
 
 def _splat(builder: Any, scalar: Any) -> Any:
@@ -137,37 +155,44 @@ def _sum_lanes(builder: Any, lanes: Any) -> Any:
 
 
 @intrinsic
-def grouped_dot(typingctx: Any, codes: Any, x: Any, code_scales: Any, x_scales: Any, n_groups: Any) -> Any:
+def prefetch_row(typingctx: Any, codes: Any, n_groups: Any) -> Any:
+    """Ask for all cache lines of a plane's row. codes: int8*, n_groups: intp."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        codes, n_groups = args
+        with cgutils.for_range(builder, n_groups, intp=n_groups.type) as loop:
+            first = builder.mul(loop.index, ir.Constant(n_groups.type, ROW_GROUP_NBYTES))
+            _prefetch(builder, builder.gep(codes, [first]))
+        return context.get_dummy_value()
+
+    return types.void(types.CPointer(types.int8), types.intp), codegen
+
+
+@intrinsic
+def nibble_dot(typingctx: Any, codes: Any, x: Any, code_scales: Any, x_scales: Any, n_groups: Any) -> Any:
     """sum over g of code_scales[g] * x_scales[g] * (codes of group g . x of group g), GROUP elements a group.
 
-    codes: int8*, x: int16*, both scales: float32*, n_groups: intp. Written as vectors because LLVM does not find
-    this shape by itself (from a scalar loop it made code a quarter as fast): multiply 16-bit pairs and add neighbours
-    (one `pmaddwd`), exact in int32 within a group; the groups add up in float32 lanes.
+    codes: int8*, a row of a plane as `store.codes` packs it, x: int16*, both scales: float32*, n_groups: intp. Written
+    as vectors because LLVM does not find this shape by itself (from a scalar loop it made code a quarter as fast):
+    exact in int32 within a group; the groups add up in float32 lanes.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         codes, x, code_scales, x_scales, n_groups = args
-        i32, index = ir.IntType(32), n_groups.type
-        lanes_i32, lanes_f32 = ir.VectorType(i32, _LANES), ir.VectorType(ir.FloatType(), _LANES)
-        even = ir.Constant(lanes_i32, list(range(0, 2 * _LANES, 2)))
-        odd = ir.Constant(lanes_i32, list(range(1, 2 * _LANES, 2)))
+        index = n_groups.type
+        lanes_i32, lanes_f32 = ir.VectorType(ir.IntType(32), _LANES), ir.VectorType(ir.FloatType(), _LANES)
         total = cgutils.alloca_once_value(builder, ir.Constant(lanes_f32, [0.0] * _LANES))
         with cgutils.for_range(builder, n_groups, intp=index) as loop:
             partial = ir.Constant(lanes_i32, [0] * _LANES)
-            first = builder.mul(loop.index, ir.Constant(index, GROUP))
-            for line in range(0, GROUP, _CACHE_LINE_NBYTES):
-                ahead = builder.add(first, ir.Constant(index, _PREFETCH_AHEAD + line))
-                _prefetch(builder, builder.gep(codes, [ahead]))
-            for offset in range(0, GROUP, 2 * _LANES):
-                start = builder.add(first, ir.Constant(index, offset))
-                products = builder.mul(
-                    _load_widened(builder, codes, start, ir.IntType(8)),
-                    _load_widened(builder, x, start, ir.IntType(16)),
-                )
-                pairs = builder.add(
-                    builder.shuffle_vector(products, products, even), builder.shuffle_vector(products, products, odd)
-                )
-                partial = builder.add(partial, pairs)
+            first = builder.mul(loop.index, ir.Constant(index, ROW_GROUP_NBYTES))
+            _prefetch(builder, builder.gep(codes, [builder.add(first, ir.Constant(index, _PREFETCH_AHEAD))]))
+            for offset in range(0, ROW_GROUP_NBYTES, 2 * _LANES):
+                packed = _load_wide(builder, codes, builder.add(first, ir.Constant(index, offset)), ir.IntType(8))
+                column = builder.mul(loop.index, ir.Constant(index, GROUP))
+                for n, nibbles in enumerate(_nibbles(builder, packed)):
+                    start = builder.add(column, ir.Constant(index, offset + n * ROW_GROUP_NBYTES))
+                    wide_x = _load_wide(builder, x, start, ir.IntType(16))
+                    partial = builder.add(partial, _pairwise_products(builder, nibbles, wide_x))
             scale = builder.fmul(
                 builder.load(builder.gep(code_scales, [loop.index])), builder.load(builder.gep(x_scales, [loop.index]))
             )

@@ -26,8 +26,9 @@ from sparseflow.core.config import (
 from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
+from sparseflow.orchestration.calibrated_predictor import given_predictor
 from sparseflow.orchestration.density import Crossover
-from sparseflow.orchestration.fidelity import make_predictor, require_fidelity
+from sparseflow.orchestration.fidelity import DEFAULT_FIDELITY, make_predictor, require_fidelity
 from sparseflow.orchestration.stats import RunStats
 from sparseflow.orchestration.transfer_coordinator import LayerBiases, TransferCoordinator
 
@@ -150,14 +151,15 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         config: SparseFlowConfig,
         source: WeightSource,
         *,
-        fidelity: str = "exact",
+        fidelity: str | None = None,
         crossover: Crossover | None = None,
     ) -> None:
         """
         Args:
             config: sizes, strategy, device.
             source: an open source, such as `DiskWeightStore`.
-            fidelity: `exact`, `certified`, `dense`, or `oracle` (slow, for tests).
+            fidelity: `exact`, `certified`, `calibrated`, `calibrated:RECALL`, `dense`, or `oracle` (slow, for tests).
+                None: `exact`, or what the predictors in `config.predictor_weights_path` choose, where that is set.
             crossover: when a layer step goes dense; None: measured on this machine.
 
         Raises:
@@ -165,7 +167,12 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             BadRequest: a device, dtype or fidelity that cannot be served.
         """
         _require_match(config, source)
-        require_fidelity(fidelity)
+        require_fidelity(fidelity or DEFAULT_FIDELITY)
+        if fidelity is not None and config.predictor_weights_path is not None:
+            raise BadRequest(
+                f"fidelity {fidelity!r} and predictor_weights_path={config.predictor_weights_path!r} choose neurons by "
+                "different predictors; give one of them"
+            )
         source.use_strategy(config.strategy)
         hf_config = copy.deepcopy(config.hf_config) or OPTConfig.from_dict(
             json.loads(source.model_files["config.json"])
@@ -180,7 +187,10 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         self.sparseflow_config = config
         self._load_dense()
         biases = [LayerBiases(layer.fc1.bias, layer.fc2.bias) for layer in layers]
-        predictor = make_predictor(source, fidelity, config.strategy.activation_threshold)
+        if config.predictor_weights_path is None:
+            predictor = make_predictor(source, fidelity or DEFAULT_FIDELITY, config.strategy.activation_threshold)
+        else:
+            predictor = given_predictor(source, config.predictor_weights_path)
         self.fidelity = "dense" if predictor is None else predictor.fidelity
         norms = [layer.mlp_norm for layer in layers]
         self.coordinator = TransferCoordinator(source, predictor, biases, norms, crossover)
@@ -198,7 +208,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         strategy: OffloadStrategy | None = None,
         memory: str | int = "auto",
         io: str = "auto",
-        fidelity: str = "exact",
+        fidelity: str = DEFAULT_FIDELITY,
         device: str = "cpu",
         dtype: str | torch.dtype | None = None,
         cache_dir: str | Path | None = None,
@@ -245,7 +255,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         name: str,
         model: str | None = None,
         *,
-        fidelity: str = "exact",
+        fidelity: str = DEFAULT_FIDELITY,
         device: str = "cpu",
         attn_implementation: str | None = None,
         activation_threshold: float = 1.0,
@@ -294,16 +304,16 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         self.coordinator.stats = RunStats()
 
     def bytes_touched_per_token(self) -> int:
-        """Bytes of weights that one decode step reads: the dense part, the codes, and the bundles as counted so far.
+        """Bytes of weights that one decode step reads: the dense part; codes and bundles as counted so far.
 
         Of an embedding table a token reads a row, of the head all; of a bundle that turns out inactive, fc1's half.
         """
         dense = sum(weight.nbytes for name, weight in self.source.dense().items() if "embed_" not in name)
         if self.config.tie_word_embeddings:
             dense += self.lm_head.weight.nbytes
-        reads_codes = self.fidelity not in ("dense", "oracle")
-        codes = sum(t.nbytes for t in self.source.predictor_tensors().values()) if reads_codes else 0
-        return int(dense + codes + (self.stats.decode.halves_share or 0) * self.source.profile.neurons_nbytes)
+        profile, counts = self.source.profile, self.stats.decode
+        codes = counts.predictor_nbytes_per_layer * profile.num_layers
+        return int(dense + codes + (counts.halves_share or 0) * profile.neurons_nbytes)
 
     def forward(
         self,
@@ -421,11 +431,6 @@ def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
         )
     for device in (config.primary_device, config.secondary_device):
         require_cpu(device)
-    if config.predictor_weights_path is not None:
-        raise BadRequest(
-            f"predictor_weights_path={config.predictor_weights_path!r}: this version reads no trained predictors; "
-            "leave it None, exact and certified need none"
-        )
     if config.compute_dtype is not None and dtype_name(config.compute_dtype) != source.profile.dtype:
         raise BadRequest(
             f"compute_dtype={config.compute_dtype}: the store holds {source.profile.dtype}; "

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.weight_source import WeightSource
-from sparseflow.errors import BadRequest, DiskError
+from sparseflow.errors import BadRequest, DiskError, ShardCorrupt
 from sparseflow.kernels.bounds import Margin
 from sparseflow.orchestration.low_rank import LowRank
 from sparseflow.orchestration.neuron_predictor import (
@@ -79,10 +79,11 @@ def calibrated_predictor(
     kinds = []
     for n, record in enumerate(calibration.layers):
         chosen = kind or calibration.choose(n, recall, source.profile)
-        if chosen not in record.predictors:
+        kept = [kind for kind, predictor in record.predictors.items() if predictor.is_kept]
+        if chosen not in kept:
             raise BadRequest(
-                f"predictor {chosen!r}: layer {n} of this store has {', '.join(record.predictors)}; "
-                "name one of these, or none for the cheapest"
+                f"predictor {chosen!r}: layer {n} of this store has {', '.join(kept)}; name one of these, or none for "
+                "the cheapest, or calibrate the store with --keep-all"
             )
         kinds.append(chosen)
         cut = threshold * record.predictors[chosen].cut(recall, calibration.recalls)
@@ -95,16 +96,21 @@ def calibrated_predictor(
     return LayeredPredictor(layers, kinds, name if threshold == 1 else f"threshold:{threshold:g}")
 
 
-def lookahead_predictors(source: WeightSource, calibration: Calibration | None) -> list[list[LowRank]]:
-    """For each layer, by how many layers earlier it is foreseen: 0, 1, 2. Empty lists where there are none."""
-    n_layers = source.profile.num_layers
+def lookahead_predictors(source: WeightSource, distance: int) -> dict[int, LowRank]:
+    """By layer: what foresees it from what entered the layer `distance` before it.
+
+    The first layers are foreseen from the first. Empty where the store has no such predictors.
+    """
+    calibration = calibration_of(source)
     if calibration is None:
-        return [[] for _ in range(n_layers)]
+        return {}
     tensors = source.predictor_tensors()
-    return [
-        [_low_rank(tensors, f"{n}.lookahead{distance}", 0.0) for distance in range(len(record.lookahead))]
-        for n, record in enumerate(calibration.layers)
-    ]
+    found = {}
+    for layer, record in enumerate(calibration.layers):
+        nearest = min(distance, len(record.lookahead) - 1)
+        if record.lookahead[nearest].is_kept:
+            found[layer] = _low_rank(tensors, f"{layer}.lookahead{nearest}", 0.0)
+    return found
 
 
 def given_predictor(source: WeightSource, folder: str | Path) -> LayeredPredictor:
@@ -134,10 +140,14 @@ def given_predictor(source: WeightSource, folder: str | Path) -> LayeredPredicto
 
 
 def _low_rank(tensors: Mapping[str, Tensor], name: str, cut: float) -> LowRank:
-    bias, spread = tensors[f"{name}.bias"], tensors.get(f"{name}.spread")
-    if spread is not None:
-        bias = bias + cut * spread
-    return LowRank(tensors[f"{name}.down"], tensors[f"{name}.up"], bias)
+    try:
+        down, up, bias = (tensors[f"{name}.{part}"] for part in ("down", "up", "bias"))
+    except KeyError as error:
+        raise ShardCorrupt(f"predictor {name} is not in the store, but in its profile; calibrate it again") from error
+    if not (down.dim() == up.dim() == 2 and down.shape[0] == up.shape[1] and bias.shape == up.shape[:1]):
+        raise ShardCorrupt(f"predictor {name} has shapes that do not fit each other; calibrate the store again")
+    spread = tensors.get(f"{name}.spread")
+    return LowRank(down, up, bias if spread is None else bias + cut * spread)
 
 
 def _given_weight(path: Path) -> Tensor:

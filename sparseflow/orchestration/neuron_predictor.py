@@ -4,7 +4,7 @@
     certified   a neuron is skipped only if it is certainly inactive
     oracle      the truly active ones, found by computing all (for tests)
 
-The first two read codes of fc1 instead of its weights (`kernels.bounds`); nothing is trained. `exact` rests on rounding
+The first two read codes of fc1 instead of its weights (`kernels.bounds`); nothing is trained. `exact` rests on a dither
 that is independent of the input: someone who has read the store can make inputs that break it, never `certified`.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
-from sparseflow.kernels.bounds import CodedRows, Margin, candidates, upper_bounds
+from sparseflow.kernels.bounds import CodedRows, Margin, Scored, score
 from sparseflow.store.profile import ModelProfile
 
 # Probability that one token misses any active neuron in any layer under `exact`.
@@ -104,11 +104,16 @@ class CodesOfLayer:
 
     def select(self, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""
-        return candidates(self._rows, x, *self._how)
+        return self._score(x, needs_all=False).ids
 
     def bounds(self, x: Tensor) -> Tensor:
         """As `NeuronPredictor.bounds`."""
-        return upper_bounds(self._rows, x, *self._how)
+        return self._score(x, needs_all=True).bounds
+
+    def _score(self, x: Tensor, *, needs_all: bool) -> Scored:
+        scored = score(self._rows, x, *self._how, needs_all=needs_all)
+        self.nbytes_read += self._rows.nbytes_read(len(x) if needs_all else 1, scored.n_fine_rows)
+        return scored
 
 
 def bound_predictor(source: WeightSource, margin: Margin, activation_threshold: float = 1.0) -> LayeredPredictor:
@@ -155,17 +160,25 @@ def active_neurons(source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor
     return is_active.nonzero().flatten().numpy().astype(np.uint32)
 
 
-def pre_activations(source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor) -> Tensor:
-    """W1 x + b1 of all neurons: (n_tokens, ffn_dim) float64. x: (n_tokens, hidden)."""
-    found = []
+def pre_activations(
+    source: WeightSource, layer: int, x: Tensor, fc1_bias: Tensor, ids: NDArray[np.uint32] | None = None
+) -> Tensor:
+    """W1 x + b1: (n_tokens, n) float64. What has to be read for it is not kept.
+
+    Args:
+        x: (n_tokens, hidden).
+        ids: (n,), ascending; None: all neurons.
+    """
+    ids = np.arange(source.profile.ffn_dimension, dtype=np.uint32) if ids is None else ids
+    wide = x.double()
+    found = [torch.empty(len(x), 0, dtype=torch.float64)]
     n_at_once = min(source.fetch_limit, _WIDENED_AT_ONCE)
-    for start in range(0, source.profile.ffn_dimension, n_at_once):
-        ids = np.arange(start, min(start + n_at_once, source.profile.ffn_dimension), dtype=np.uint32)
-        with source.fetch(layer, ids) as fetch:
+    for start in range(0, len(ids), n_at_once):
+        part = ids[start : start + n_at_once]
+        with source.fetch(layer, part, keep=False) as fetch:
             bundles = fetch.wait(FETCH_TIMEOUT_S)
             rows = bundles.base[torch.from_numpy(bundles.slots.astype(np.int64)), 0].double()
-        bias = fc1_bias[start : start + len(ids)].double()
-        found.append(x.double() @ rows.T + bias)
+        found.append(wide @ rows.T + fc1_bias[torch.from_numpy(part.astype(np.int64))].double())
     return torch.cat(found, 1)
 
 
@@ -181,11 +194,8 @@ def coded_rows(source: WeightSource) -> list[CodedRows]:
     tensors = source.predictor_tensors()
     return [
         CodedRows(
-            tensors[f"{layer}.codes"],
-            tensors[f"{layer}.scales"],
-            bias,
-            tensors[f"{layer}.norms"],
-            tensors[f"{layer}.error_norms"],
+            **{name: tensors[f"{layer}.{name}"] for name in CodedRows._fields if name != "bias"},
+            bias=bias,
         )
         for layer, bias in enumerate(fc1_biases(source))
     ]

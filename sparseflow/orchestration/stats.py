@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from sparseflow.engine.counts import FetchCounts
+from sparseflow.orchestration.recall_sums import RecallSums
 
 
 @dataclass
@@ -17,6 +18,8 @@ class StepCounts:
     """Neurons computed; all of them in a dense step."""
     halves_read: int = 0
     """Halves of bundles read: fc1's of each neuron computed, fc2's of each active one (of all, in a dense step)."""
+    predictor_nbytes: int = 0
+    """Bytes of predictor weights read to choose neurons."""
     pairs: int = 0
     """Pairs of token and neuron."""
     active_pairs: int = 0
@@ -25,6 +28,8 @@ class StepCounts:
     """Truly active neurons in audited layer steps."""
     missed: int = 0
     """Those that were not computed."""
+    sampled: RecallSums = field(default_factory=RecallSums)
+    """What live sampling found; nothing in prompts."""
     fetches: FetchCounts | None = None
     """What reading them cost; None where all bundles are resident."""
 
@@ -42,6 +47,11 @@ class StepCounts:
     def dense_layer_share(self) -> float | None:
         """Share of layer steps computed dense."""
         return _ratio(self.dense_layer_steps, self.layer_steps)
+
+    @property
+    def predictor_nbytes_per_layer(self) -> float:
+        """Bytes of predictor weights read in a layer step."""
+        return self.predictor_nbytes / self.layer_steps if self.layer_steps else 0.0
 
     @property
     def halves_share(self) -> float | None:
@@ -64,14 +74,27 @@ class RunStats:
         return self.prefill.fetches + self.decode.fetches
 
     @property
-    def recall_samples(self) -> int:
-        """Truly active neurons in audited layer steps of both phases."""
-        return self.prefill.audited + self.decode.audited
+    def recall(self) -> float | None:
+        """Share of what is truly active that was computed: of neurons in audited layer steps of both phases.
+
+        Where there was no audit: of pairs of token and neuron in sparse decode steps, as live sampling estimates it.
+        """
+        missed = self.prefill.missed + self.decode.missed
+        return 1 - missed / self._audited if self._audited else self.decode.sampled.measured.recall
 
     @property
-    def recall(self) -> float | None:
-        """Share of those that were computed."""
-        return _ratio(self.recall_samples - self.prefill.missed - self.decode.missed, self.recall_samples)
+    def recall_error(self) -> float | None:
+        """One standard error of an estimate; None for an audit, which estimates nothing."""
+        return None if self._audited else self.decode.sampled.measured.recall_error
+
+    @property
+    def recall_samples(self) -> int:
+        """What `recall` rests on: active neurons audited; else skipped neurons that were computed after all."""
+        return self._audited or self.decode.sampled.samples
+
+    @property
+    def _audited(self) -> int:
+        return self.prefill.audited + self.decode.audited
 
 
 def _ratio(part: int, whole: int) -> float | None:

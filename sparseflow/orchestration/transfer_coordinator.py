@@ -21,8 +21,10 @@ from sparseflow.engine.memory_plan import DENSE_PART_NBYTES
 from sparseflow.errors import ArenaBusy, BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
 from sparseflow.kernels.sparse_mlp import sparse_mlp
+from sparseflow.orchestration.calibrated_predictor import lookahead_predictors
 from sparseflow.orchestration.density import Crossover, MeasuredCrossover, Trial
-from sparseflow.orchestration.lookahead import Lookahead
+from sparseflow.orchestration.live_recall import LiveRecall, SparseStep
+from sparseflow.orchestration.lookahead import DEFAULT_DISTANCE, Lookahead, TrainedLookahead
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor, active_neurons, fc1_biases
 from sparseflow.orchestration.stats import RunStats, StepCounts
 
@@ -101,9 +103,11 @@ class TransferCoordinator:
         self._n_layer_steps = 0
         self.audit_every = 0
         """Compare every Nth layer step with the true active set; 0: never. An audit reads the whole layer."""
-        self.lookahead = Lookahead(source.read_times, profile.ffn_dimension)
+        self.live_recall = LiveRecall(source)
+        self.use_lookahead_from(DEFAULT_DISTANCE)
         self._norms = norms
         self._scoring_s = 0.0
+        self._choice_nbytes = 0
         self._counted = source.counts() or FetchCounts()
         self._biases = biases
         fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
@@ -115,13 +119,23 @@ class TransferCoordinator:
         self.predictor = None
         self._biases, self._wide_biases, self._norms = [], [], []
 
+    def use_lookahead_from(self, distance: int) -> None:
+        """Let trained predictors, where the store has them, foresee a layer from so many layers earlier: 0, 1 or 2."""
+        profile = self.source.profile
+        self._trained = TrainedLookahead(lookahead_predictors(self.source, distance), distance)
+        trained_s = self._trained.seconds(profile.hidden_dimension) if self._trained else None
+        self.lookahead = Lookahead(self.source.read_times, profile.ffn_dimension, trained_s)
+
     def hint(self, layer: int, hidden: Tensor) -> None:
-        """Before a layer's attention: start to read what its MLP may need, judged by what enters the layer.
+        """Before a layer's attention: start to read what MLPs may need, judged by what enters the layer.
 
         hidden: (n_tokens, hidden), the residual stream.
         """
         if self.lookahead.from_input:
             self._look_ahead(layer, hidden)
+        elif self.lookahead.by_training and len(hidden) <= _TOKENS_AT_ONCE:
+            for target in self._trained.targets(layer):
+                self.source.hint(target, self._trained.foresee(target, hidden))
 
     @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep
     def mlp(self, layer: int, x: Tensor, hidden: Tensor, *, decoding: bool) -> Tensor:
@@ -146,9 +160,14 @@ class TransferCoordinator:
             self.source.note_tokens(len(x))
         if self.profiling:
             counts = self.stats.decode if decoding else self.stats.prefill
+            counts.predictor_nbytes += self._choice_nbytes
             self._count(counts, layer, wide, ids, n_active)
             if fetches is not None:
                 counts.fetches = (counts.fetches or FetchCounts()) + fetches
+            if decoding and ids is not None and self.predictor is not None and not self.audit_every:
+                step = SparseStep(layer, wide, ids, n_active, self._wide_biases[layer][0])
+                if self.live_recall.step(self.predictor, step, counts.sampled):
+                    self._fetches_since_last_step()  # what was read for that is no step's
         return y.to(x.dtype)
 
     def _computed(
@@ -172,10 +191,14 @@ class TransferCoordinator:
 
     def _choose(self, layer: int, x: Tensor) -> NDArray[np.uint32] | None:
         """Neurons to compute, or None for all: there is no predictor, or dense is cheaper."""
+        self._choice_nbytes = 0
         if self.predictor is None:
             return None
         limit = self.crossover.density(len(x)) * len(self._everything)
-        return self._union(self.predictor, layer, x, limit) if limit > 0 else None
+        n_read = self.predictor.nbytes_read
+        ids = self._union(self.predictor, layer, x, limit) if limit > 0 else None
+        self._choice_nbytes = self.predictor.nbytes_read - n_read
+        return ids
 
     def _union(self, predictor: NeuronPredictor, layer: int, x: Tensor, limit: float) -> NDArray[np.uint32] | None:
         """Neurons that any of these tokens needs; None as soon as they are more than `limit`."""

@@ -22,7 +22,7 @@ Neuron ids and slots travel as little-endian uint32, ids ascending without repea
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # How memory that is handed over is laid out: bundles of (2, hidden), one a slot; whole safetensors files otherwise.
 LAYOUT_VERSION = 1
@@ -114,7 +114,8 @@ class Join:
 class AcquireNeurons:
     """Lease the bundles of one layer for one step. Answered by NeuronsReady or ErrorReply, maybe after NeuronsLeased.
 
-    released: requests whose leases are over. timeout_s: how long to wait for slots.
+    released: requests whose leases are over. timeout_s: how long to wait for slots. keep: False: what had to be read
+    for this leaves the arena with its lease, and nothing is counted as hit, missed or used.
     """
 
     KIND: ClassVar[int] = 3
@@ -124,6 +125,7 @@ class AcquireNeurons:
     ids: bytes
     released: list[int]
     timeout_s: float
+    keep: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +145,6 @@ class ReleaseLeases:
     KIND: ClassVar[int] = 5
     epoch: int
     released: list[int]
-
-
-# --- to the weight server, on ctl.sock
 
 
 # --- to the weight server, on ctl.sock

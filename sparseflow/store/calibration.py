@@ -3,8 +3,8 @@
     {"version": 1, "recall": 0.99, "tokens": N, "recalls": [...], "layers": [
         {"active_share": a, "overlap": o, "active_counts": [ffn_dim], "miss_curve": [...],
          "predictors": {"coarse": {"nbytes": [...], "rank": null, "cuts": [...], "candidate_shares": [...],
-                                   "found": [...]}, ...},
-         "lookahead": [{"rank": r, "recall": f, "candidate_share": c}, ...]}, ...]}
+                                   "found": [...], "is_kept": true}, ...},
+         "lookahead": [{"rank": r, "recall": f, "candidate_share": c, "is_kept": true}, ...]}, ...]}
 
 `nbytes`, `cuts`, `candidate_shares` and `found` go with `recalls`, one each, and come from tokens that no predictor was
 fitted to.
@@ -43,6 +43,8 @@ class PredictorRecord:
     candidate_shares: Sequence[float]
     found: Sequence[float]
     """Recall that validation tokens showed."""
+    is_kept: bool = True
+    """Whether its weights are in the store: one that is cheapest at no recall is left out."""
 
     def cut(self, recall: float, recalls: Sequence[float]) -> float:
         """The cut for a recall between those of the grid."""
@@ -67,6 +69,7 @@ class LookaheadRecord:
     rank: int
     recall: float
     candidate_share: float
+    is_kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,10 @@ class Calibration:
     version: int = PROFILE_VERSION
 
     def choose(self, layer: int, recall: float, profile: ModelProfile) -> str:
-        """The kind that reads the fewest bytes a token at this recall."""
+        """The kind that reads the fewest bytes a token at this recall, of those in the store."""
         costs = self.costs(layer, recall, profile)
-        return min(costs, key=costs.__getitem__)
+        kept = [kind for kind, record in self.layers[layer].predictors.items() if record.is_kept]
+        return min(kept, key=costs.__getitem__)
 
     def costs(self, layer: int, recall: float, profile: ModelProfile) -> dict[str, float]:
         """Bytes a token of each kind: of the predictor, and of bundles fetched in vain."""
@@ -154,24 +158,25 @@ def parse_layer(content: dict[str, Any], n_recalls: int, profile: ModelProfile) 
         ValueError, KeyError, TypeError: it is not one.
     """
     predictors = {kind: _predictor(record, n_recalls) for kind, record in content["predictors"].items()}
-    if not predictors or not set(predictors) <= set(KINDS):
+    if not any(record.is_kept for record in predictors.values()) or not set(predictors) <= set(KINDS):
         raise ValueError(f"predictors {sorted(predictors)}; known are {', '.join(KINDS)}")
     counts = [int(n) for n in content["active_counts"]]
     if len(counts) != profile.ffn_dimension:
         raise ValueError(f"{len(counts)} counts of neurons, a layer has {profile.ffn_dimension}")
     active_share, overlap = _numbers([content["active_share"], content["overlap"]])
     lookahead = [
-        LookaheadRecord(int(r["rank"]), float(r["recall"]), float(r["candidate_share"])) for r in content["lookahead"]
+        LookaheadRecord(int(r["rank"]), float(r["recall"]), float(r["candidate_share"]), bool(r["is_kept"]))
+        for r in content["lookahead"]
     ]
     return LayerRecord(active_share, overlap, counts, _numbers(content["miss_curve"]), predictors, lookahead)
 
 
 def _predictor(content: dict[str, Any], n_recalls: int) -> PredictorRecord:
-    rows = [_numbers(content[name]) for name in ("nbytes", "cuts", "candidate_shares", "found")]
-    if any(len(row) != n_recalls for row in rows):
+    nbytes, *rows = [_numbers(content[name]) for name in ("nbytes", "cuts", "candidate_shares", "found")]
+    if any(len(row) != n_recalls for row in (nbytes, *rows)):
         raise ValueError("a predictor has other numbers of recalls than the profile")
-    rank = content["rank"]
-    return PredictorRecord(rows[0], None if rank is None else int(rank), *rows[1:])
+    rank = None if content["rank"] is None else int(content["rank"])
+    return PredictorRecord(nbytes, rank, rows[0], rows[1], rows[2], bool(content["is_kept"]))
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

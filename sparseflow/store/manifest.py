@@ -23,7 +23,7 @@ from sparseflow.errors import DiskError, ShardCorrupt
 from sparseflow.store.profile import DTYPE_NBYTES, ModelProfile
 from sparseflow.store.shard_format import FileEntry, hash_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 DENSE_NAME = "dense.safetensors"
 _MANIFEST_LIMIT_NBYTES = 64 << 20
@@ -46,7 +46,7 @@ class Manifest:
     files: path inside the store -> size and checksum, of every file but the manifest itself.
     neuron_permutation: layer -> the checkpoint's neuron at each position of the store; None where the order is the
     checkpoint's own.
-    source: what was converted: name, dtype of the checkpoint, seed of the rounding.
+    source: what was converted: name, dtype of the checkpoint, seed of the codes' dither.
     checksum_tables: path of a shard -> xxh3-64 (hexadecimal) of its table of bundle checksums: what ties a bundle that
     is read alone to this store, layer and neuron.
     """

@@ -31,6 +31,7 @@ from sparseflow.client.line import Line
 from sparseflow.errors import NoAnswer, ServerError, ServerNotRunning, SparseFlowError
 from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.messages import (
+    PROTOCOL_VERSION,
     AcquireNeurons,
     Detached,
     ErrorReply,
@@ -74,9 +75,9 @@ def test_line_joins_its_session_and_waits_for_nothing(server: ServerByHand, atta
 def test_request_names_all_its_neurons_and_a_number_of_its_own(opened: Opened) -> None:
     line, far = opened
     assert line.acquire(1, ids(2, 5), 7.5) == 100
-    assert read(far) == AcquireNeurons(100, EPOCH, 1, ids(2, 5).tobytes(), [], 7.5)
-    assert line.acquire(0, ids(), 60.0) == 101
-    assert read(far) == AcquireNeurons(101, EPOCH, 0, b"", [], 60.0)
+    assert read(far) == AcquireNeurons(100, EPOCH, 1, ids(2, 5).tobytes(), [], 7.5, True)
+    assert line.acquire(0, ids(), 60.0, keep=False) == 101
+    assert read(far) == AcquireNeurons(101, EPOCH, 0, b"", [], 60.0, False)
 
 
 def test_ids_travel_as_they_are_whatever_lies_behind_them_in_memory(opened: Opened) -> None:
@@ -484,10 +485,10 @@ def test_message_that_is_no_reply_is_an_error_of_the_server(opened: Opened) -> N
 
 JUNK = {
     "junk": b"\xc1junk",
-    "unknown kind": msgpack.packb([1, 99]),
-    "other version": msgpack.packb([2, 19, 100, EPOCH, b"", []]),
-    "field missing": msgpack.packb([1, 19, 100, EPOCH, b""]),
-    "wrong type": msgpack.packb([1, 19, 100, EPOCH, "slots", []]),
+    "unknown kind": msgpack.packb([PROTOCOL_VERSION, 99]),
+    "other version": msgpack.packb([PROTOCOL_VERSION + 1, 19, 100, EPOCH, b"", []]),
+    "field missing": msgpack.packb([PROTOCOL_VERSION, 19, 100, EPOCH, b""]),
+    "wrong type": msgpack.packb([PROTOCOL_VERSION, 19, 100, EPOCH, "slots", []]),
 }
 
 

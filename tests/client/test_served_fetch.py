@@ -25,6 +25,7 @@ from sparseflow.client.weight_client import ServedFetch, WeightClient
 from sparseflow.core.weight_source import HostBundles
 from sparseflow.errors import NoAnswer, ServerError, ServerNotRunning, ShardCorrupt
 from sparseflow.protocol.codec import encode
+from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.protocol.messages import TOLD_COUNTS, AcquireNeurons, ErrorReply, Message
 
 LAYER, WANTED = 0, ids(2, 5, 9, 13)
@@ -66,6 +67,19 @@ def asked(client: WeightClient, server: ServerByHand) -> Asked:
 def bits(bundles: HostBundles) -> NDArray[np.uint16]:
     """(n, elements of a bundle)."""
     return bundles.base.view(len(bundles.base), -1).numpy().view(np.uint16)[bundles.slots]
+
+
+def test_fetch_says_whether_its_bundles_shall_be_kept(client: WeightClient, server: ServerByHand) -> None:
+    fetch = client.fetch(LAYER, WANTED)
+    far = server.take_line()
+    kept = read(far)
+    look = client.fetch(LAYER, WANTED, keep=False)
+    not_kept = read(far)
+    assert isinstance(kept, AcquireNeurons)
+    assert isinstance(not_kept, AcquireNeurons)
+    assert (kept.keep, not_kept.keep) == (True, False)
+    fetch.release()
+    look.release()
 
 
 # --- what is there, and what comes
@@ -304,6 +318,33 @@ def test_fetch_whose_server_ends_and_is_not_replaced_says_so(
     with pytest.raises(ServerNotRunning, match=r"none took its place within 0\.3 s"):
         asked.fetch.wait(DEADLINE_S)
     assert time.monotonic() - begin < 5
+
+
+def test_fetch_that_keeps_nothing_is_asked_of_the_next_server_as_such(
+    client: WeightClient, server: ServerByHand, succeeded: Callable[..., Successor]
+) -> None:
+    look = client.fetch(LAYER, WANTED, keep=False)
+    request = read(server.take_line())
+    assert isinstance(request, AcquireNeurons)
+    successor = succeeded(server)
+    its = successor.tells(lambda number, epoch: ready(number, 4, 3, 2, 1, epoch=epoch))
+    look.wait(DEADLINE_S)
+    again = its.result(DEADLINE_S)
+    assert isinstance(again, AcquireNeurons)
+    assert not again.keep
+
+
+def test_measured_recall_goes_on_from_one_server_to_the_next(
+    asked: Asked, server: ServerByHand, client: WeightClient, succeeded: Callable[..., Successor]
+) -> None:
+    measured = MeasuredRecall(99.0, 1.0, 0.25, 640.0)
+    client.note_recall(measured)
+    client.note_tokens(5)
+    its = succeeded(server).tells(lambda number, epoch: ready(number, 4, 3, 2, 1, epoch=epoch))
+    asked.fetch.wait(DEADLINE_S)
+    its.result(DEADLINE_S)
+    counters = client.attachment.counters
+    assert (counters.tokens, counters.recall) == (5, measured)
 
 
 def test_counts_go_on_from_one_server_to_the_next(

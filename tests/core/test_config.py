@@ -80,6 +80,8 @@ def test_settings_are_frozen_and_a_changed_copy_is_validated_again() -> None:
         strategy.gpu_cache_ratio = 0.5
     with pytest.raises(BadRequest):
         replace(strategy, gpu_cache_ratio=0)
+    with pytest.raises(BadRequest, match="eviction='random': one of lfu, lru, fifo"):
+        OffloadStrategy(eviction="random")
     with pytest.raises(FrozenInstanceError):
         SparseFlowConfig(PROFILE).primary_device = "cuda"
 
@@ -99,6 +101,22 @@ def test_layer_with_a_share_of_its_own_uses_that() -> None:
     config = SparseFlowConfig(profile, OffloadStrategy(gpu_cache_ratio=0.5))
     assert [config.get_gpu_neuron_count(layer) for layer in range(3)] == [20, 100, 200]
     assert config.get_gpu_neuron_count() == 100
+
+
+def test_slots_divided_by_miss_curves_go_where_they_spare_most() -> None:
+    """Of 180 slots; layer 1 gains most from its first half, and layer 0 nothing at all."""
+    config = SparseFlowConfig(PROFILE, OffloadStrategy(gpu_cache_ratio=0.3))
+    curves = [[5.0, 5.0, 5.0], [100.0, 10.0, 0.0], [30.0, 15.0, 0.0]]
+    divided = config.with_divided_slots(curves)
+    assert [divided.get_gpu_neuron_count(layer) for layer in range(3)] == [1, 100, 79]
+    assert config.profile.layer_sparsity_map is None
+    assert divided.strategy == config.strategy
+    assert config.with_divided_slots(curves, least=50).get_gpu_neuron_count(0) == 50
+
+
+def test_slots_cannot_be_divided_by_curves_of_another_model() -> None:
+    with pytest.raises(BadRequest, match="2 miss curves, the model has 3 layers"):
+        SparseFlowConfig(PROFILE).with_divided_slots([[1.0, 0.0]] * 2)
 
 
 def test_head_dimension_divides_the_hidden_one() -> None:

@@ -22,7 +22,8 @@ from sparseflow.core.checkpoint import COMPANION_FILES, Checkpoint
 from sparseflow.core.converter import convert
 from sparseflow.core.journal import Journal
 from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, SparseFlowError, UnsupportedModel
-from sparseflow.store.codes import GROUP
+from sparseflow.kernels.bounds import CodedRows, decoded
+from sparseflow.store.codes import FINE_STEPS, GROUP
 from sparseflow.store.manifest import DENSE_NAME, Manifest, check_content, predictor_name, shard_name
 from sparseflow.store.shard_format import ALIGNMENT_NBYTES, hash_file
 
@@ -104,13 +105,14 @@ class TestContent:
         hidden = FAMILY[name]["hidden_size"]
         for layer in range(FAMILY[name]["num_hidden_layers"]):
             coded = tensors_in(store / predictor_name(layer))
-            steps = coded["scales"].double().repeat_interleave(GROUP, dim=1)
-            values = coded["codes"].double() * steps
-            assert not values[:, hidden:].any()
-            error = weights[f"model.decoder.layers.{layer}.fc1.weight"].double() - values[:, :hidden]
-            assert (error.abs() < steps[:, :hidden]).all()
-            assert (coded["error_norms"].double() >= error.norm(dim=1)).all()
-            assert (coded["norms"].double() >= values.norm(dim=1)).all()
+            steps = coded["scales"].double().repeat_interleave(GROUP, dim=1)[:, :hidden]
+            weight = weights[f"model.decoder.layers.{layer}.fc1.weight"].double()
+            rows = CodedRows(**coded, bias=torch.zeros(len(weight)))
+            for values, plane, n_steps in zip(decoded(rows), ("coarse", "fine"), (FINE_STEPS, 1), strict=True):
+                error = weight - values[:, :hidden]
+                assert (error.abs() <= n_steps * steps / 2).all()
+                assert (coded[f"{plane}_error_norms"].double() >= error.norm(dim=1)).all()
+                assert (coded["norms"].double() >= values[:, :hidden].norm(dim=1)).all()
 
     def test_manifest_describes_every_file(self, store: Path, name: str, dtype: str) -> None:
         manifest = Manifest.load(store)

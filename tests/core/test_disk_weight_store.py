@@ -273,7 +273,7 @@ class TestDamage:
         with pytest.raises(DiskError):
             opened(store)
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 2}', "\xff"], ids=repr)
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 3}', "\xff"], ids=repr)
     def test_manifest_that_is_none_is_named(self, content: str, store: Path) -> None:
         (store / MANIFEST_NAME).write_text(content, encoding="latin-1")
         with pytest.raises(ShardCorrupt, match=MANIFEST_NAME):
@@ -282,7 +282,7 @@ class TestDamage:
     def test_manifest_of_another_format_says_which_are_read(self, store: Path) -> None:
         path = store / MANIFEST_NAME
         path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-        with pytest.raises(DiskError, match="format version 99, this SparseFlow reads 2"):
+        with pytest.raises(DiskError, match="format version 99, this SparseFlow reads 3"):
             opened(store)
 
     def test_manifest_edited_by_hand_does_not_fit_its_fingerprint(self, store: Path) -> None:
@@ -438,7 +438,7 @@ class TestSharedPages:
             tensor = source.dense()[name]
             tensor.fill_(7)
             source.fetch(1, all_ids(source)).wait(1).base.fill_(7)
-            source.predictor_tensors()["0.codes"].fill_(7)
+            source.predictor_tensors()["0.coarse"].fill_(7)
             assert (tensor == 7).all()
             assert not (source.dense()[name] == 7).any()
         for file, entry in Manifest.load(store).files.items():

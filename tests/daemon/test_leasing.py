@@ -155,6 +155,7 @@ class Desk:
         timeout_s: float = 60.0,
         request_id: int | None = None,
         line: bytes = b"",
+        keep: bool = True,
     ) -> Asked:
         session = session or self.sessions[0]
         self._n_requests += 1
@@ -162,7 +163,7 @@ class Desk:
         released = released or []
         content = ids if isinstance(ids, bytes) else ids.tobytes()
         request = AcquireNeurons(
-            number, EPOCH, layer, content, [each.request.request_id for each in released], timeout_s
+            number, EPOCH, layer, content, [each.request.request_id for each in released], timeout_s, keep
         )
         asked = Asked(session, session.token + line, request, np.frombuffer(content[: len(content) // 4 * 4], "<u4"))
         assert (asked.line, number) not in self.asked
@@ -841,6 +842,36 @@ def told(asked: Asked) -> dict[str, int]:
 
 def told_of(counts: list[int]) -> dict[str, int]:
     return dict(zip(TOLD_COUNTS, counts, strict=True))
+
+
+def test_bundles_that_are_not_kept_are_gone_with_their_lease_and_no_count_tells_of_them(
+    open_desk: OpenDesk, shards: Shards, disk: HeldDisk
+) -> None:
+    desk = open_desk(shards, 60, 20)
+    desk.release(desk.done(desk.acquire(1, neurons(3, 7))))
+    disk.hold()
+    look = desk.acquire(1, neurons(3, 7, 20, 21), keep=False)
+    assert look.leased is not None
+    assert np.frombuffer(look.leased.missing, "<u4").tolist() == [2, 3]
+    disk.let_go()
+    desk.done(look)
+    desk.check()
+    desk.release(look)
+    assert desk.engine.state().n_resident == 2
+    again = desk.done(desk.acquire(1, neurons(3, 20)))
+    assert (told(again)["hits"], told(again)["misses"]) == (1, 3)
+
+
+def test_bundles_that_are_not_kept_are_gone_with_a_session_that_is_forgotten(
+    open_desk: OpenDesk, shards: Shards, disk: HeldDisk
+) -> None:
+    desk = open_desk(shards, 60, 20, n_sessions=2)
+    disk.hold()
+    desk.acquire(1, neurons(3, 7), keep=False)
+    desk.forget(desk.sessions[0])
+    disk.let_go()
+    desk.settle()
+    assert desk.engine.state().n_resident == 0
 
 
 def test_counts_told_are_those_of_the_session(open_desk: OpenDesk, shards: Shards) -> None:

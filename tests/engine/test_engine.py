@@ -126,7 +126,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
 
 @all_io
 @pytest.mark.parametrize("bundle_nbytes", BUNDLE_SIZES.values(), ids=BUNDLE_SIZES)
-@pytest.mark.parametrize("eviction", ["lru", "fifo"])
+@pytest.mark.parametrize("eviction", ["lfu", "lru", "fifo"])
 def test_random_fetches_give_the_right_bytes_in_the_order_asked_for(
     tmp_path: Path, rng: np.random.Generator, open_engine: OpenEngine, io: str, bundle_nbytes: int, eviction: str
 ) -> None:

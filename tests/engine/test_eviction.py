@@ -1,4 +1,4 @@
-"""Evictions beside slow twins that look at one slot at a time, and what the order of eviction is there for."""
+"""LRU and FIFO beside slow twins that look at one slot at a time, and what the order of eviction is there for."""
 
 import pickle
 from collections.abc import Callable
@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from sparseflow.engine.eviction import Eviction, FirstInFirstOut, LeastRecentlyUsed
+from sparseflow.engine.least_often_used import LeastOftenUsed
 
 Key = tuple[int, ...]
+
+N_NEURONS = 64  # of a layer
 
 
 class Twin(Protocol):
@@ -87,7 +90,7 @@ class PlainLeastRecentlyUsedSlow(FirstInFirstOutSlow):
         self.filled(layer, slots)
 
 
-PAIRS: dict[str, tuple[Callable[[int, int], Eviction], Callable[[int], Twin]]] = {
+PAIRS: dict[str, tuple[Callable[[int, int, int], Eviction], Callable[[int], Twin]]] = {
     "lru": (LeastRecentlyUsed, LeastRecentlyUsedSlow),
     "fifo": (FirstInFirstOut, FirstInFirstOutSlow),
 }
@@ -96,6 +99,11 @@ both = pytest.mark.parametrize("name", PAIRS)
 
 def arr(slots: Any) -> np.ndarray:
     return np.array(slots, np.int64)
+
+
+def fill(policy: Eviction, layer: int, slots: Any) -> None:
+    """Which neurons come makes no difference to these evictions."""
+    policy.filled(layer, arr(slots), arr(slots))
 
 
 def check_victims(fast: Eviction, twin: Twin, n: int, may_go: np.ndarray) -> list[int]:
@@ -116,7 +124,7 @@ def test_random_history_gives_the_twins_victims(
     rng: np.random.Generator, name: str, n_layers: int, n_slots: int
 ) -> None:
     make, make_twin = PAIRS[name]
-    fast, twin = make(n_layers, n_slots), make_twin(n_layers)
+    fast, twin = make(n_layers, N_NEURONS, n_slots), make_twin(n_layers)
     layer_in: dict[int, int] = {}  # slots that are filled
     layer = 0
     for _ in range(500):
@@ -126,7 +134,7 @@ def test_random_history_gives_the_twins_victims(
         twin.used(layer, own)
         free = rng.permutation([slot for slot in range(n_slots) if slot not in layer_in])
         new = free[: rng.integers(0, len(free) + 1)].tolist()
-        fast.filled(layer, arr(new))
+        fill(fast, layer, new)
         twin.filled(layer, new)
         layer_in |= dict.fromkeys(new, layer)
         if rng.random() < 0.2 and layer_in:
@@ -149,10 +157,10 @@ def test_random_history_gives_the_twins_victims(
 def test_no_slot_is_lost_or_found_twice_after_many_uses_without_an_eviction(name: str) -> None:
     """Each use leaves stale entries behind, which are dropped now and then."""
     n_layers, n_slots = 4, 32
-    fast, twin = PAIRS[name][0](n_layers, n_slots), PAIRS[name][1](n_layers)
+    fast, twin = PAIRS[name][0](n_layers, N_NEURONS, n_slots), PAIRS[name][1](n_layers)
     for layer in range(n_layers):
         own = list(range(layer, n_slots, n_layers))
-        fast.filled(layer, arr(own))
+        fill(fast, layer, own)
         twin.filled(layer, own)
     for step in range(1000):
         layer = step % n_layers
@@ -168,23 +176,23 @@ def test_what_is_kept_does_not_grow_with_use(name: str, n_evicted: int) -> None:
     """Nor where slots go one at a time from a large group."""
     n_layers, n_slots = 3, 60
     everything = np.ones(n_slots, bool)
-    policy = PAIRS[name][0](n_layers, n_slots)
+    policy = PAIRS[name][0](n_layers, N_NEURONS, n_slots)
     sizes = []
     for layer in range(n_layers):
-        policy.filled(layer, np.arange(layer, n_slots, n_layers))
+        fill(policy, layer, range(layer, n_slots, n_layers))
     for step in range(3000):
         layer = step % n_layers
         policy.used(layer, np.arange(layer, n_slots, n_layers)[1 + step % 3 :])
-        policy.filled(layer, policy.victims(n_evicted, everything))
+        fill(policy, layer, policy.victims(n_evicted, everything))
         sizes.append(len(pickle.dumps(policy)))
     assert max(sizes[2000:]) < 1.5 * max(sizes[:1000])
 
 
 @both
 def test_slots_that_may_not_go_keep_their_place_in_the_order(name: str) -> None:
-    fast = PAIRS[name][0](1, 6)
+    fast = PAIRS[name][0](1, N_NEURONS, 6)
     for slot in range(6):
-        fast.filled(0, arr([slot]))
+        fill(fast, 0, [slot])
     leased = np.array([False, False, True, True, True, True])
     assert fast.victims(1, leased).tolist() == [2]
     assert fast.victims(1, ~leased).tolist() == [0]
@@ -193,36 +201,36 @@ def test_slots_that_may_not_go_keep_their_place_in_the_order(name: str) -> None:
 
 @both
 def test_fewer_victims_where_fewer_may_go(name: str) -> None:
-    fast = PAIRS[name][0](2, 4)
-    fast.filled(1, arr([0, 1, 2]))
+    fast = PAIRS[name][0](2, N_NEURONS, 4)
+    fill(fast, 1, [0, 1, 2])
     assert fast.victims(3, np.array([False, True, False, True])).tolist() == [1]
     assert fast.victims(3, np.zeros(4, bool)).tolist() == []
 
 
 def test_fifo_does_not_care_for_use() -> None:
-    fifo = FirstInFirstOut(1, 3)
+    fifo = FirstInFirstOut(1, N_NEURONS, 3)
     for slot in (2, 0, 1):
-        fifo.filled(0, arr([slot]))
+        fill(fifo, 0, [slot])
     fifo.used(0, arr([2, 0]))
     assert fifo.victims(3, np.ones(3, bool)).tolist() == [2, 0, 1]
 
 
 def test_lru_evicts_what_its_own_layer_left_out_longest_ago() -> None:
     """Layer 0 has come three times and used slot 0 each time; slot 1 came later than that, but was not used again."""
-    lru = LeastRecentlyUsed(2, 4)
+    lru = LeastRecentlyUsed(2, N_NEURONS, 4)
     lru.used(0, arr([]))
-    lru.filled(0, arr([0, 1]))
+    fill(lru, 0, [0, 1])
     lru.used(1, arr([]))
-    lru.filled(1, arr([2, 3]))
+    fill(lru, 1, [2, 3])
     lru.used(0, arr([0]))
     assert lru.victims(1, np.ones(4, bool)).tolist() == [1]
 
 
 def test_lru_among_equally_old_evicts_the_layer_that_comes_again_last() -> None:
-    lru = LeastRecentlyUsed(3, 6)
+    lru = LeastRecentlyUsed(3, N_NEURONS, 6)
     for layer in range(3):
         lru.used(layer, arr([]))
-        lru.filled(layer, arr([2 * layer, 2 * layer + 1]))
+        fill(lru, layer, [2 * layer, 2 * layer + 1])
     lru.used(0, arr([0, 1]))  # next come 1, 2, 0
     assert lru.victims(6, np.ones(6, bool)).tolist() == [0, 1, 4, 5, 2, 3]
 
@@ -252,7 +260,7 @@ def hits_of_a_cycle(policy: Any, n_layers: int, n_neurons: int, n_slots: int, n_
             free += sorted(gone)
             slots = [free.pop() for _ in missing]
             slot_of |= dict(zip(missing, slots, strict=True))
-            policy.filled(layer, arr(slots))
+            policy.filled(layer, arr(slots), arr([neuron for _, neuron in missing]))
     return hits
 
 
@@ -262,10 +270,11 @@ class Plain:
     def __init__(self) -> None:
         self._twin = PlainLeastRecentlyUsedSlow(1)
 
-    def filled(self, layer: int, slots: np.ndarray) -> None:
+    def filled(self, layer: int, slots: np.ndarray, ids: np.ndarray) -> None:
         self._twin.filled(layer, slots.tolist())
 
-    used = filled
+    def used(self, layer: int, slots: np.ndarray) -> None:
+        self._twin.filled(layer, slots.tolist())
 
     def victims(self, n: int, may_go: np.ndarray) -> np.ndarray:
         keys = self._twin.keys()
@@ -274,13 +283,14 @@ class Plain:
         return arr(chosen)
 
 
+@pytest.mark.parametrize("make", [LeastRecentlyUsed, LeastOftenUsed])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-def test_lru_finds_bundles_again_in_an_arena_smaller_than_one_round(share: float) -> None:
+def test_finds_bundles_again_in_an_arena_smaller_than_one_round(make: Any, share: float) -> None:
     """Plain LRU finds none: what it evicts is what the cycle needs next. Here about as many as the arena can keep."""
     n_layers, n_neurons, n_rounds = 12, 10, 20
     n_slots = int(share * n_layers * n_neurons)
     sizes = (n_layers, n_neurons, n_slots, n_rounds)
     assert hits_of_a_cycle(Plain(), *sizes) == 0
-    hit_rate = hits_of_a_cycle(LeastRecentlyUsed(n_layers, n_slots), *sizes) / (n_layers * n_neurons * n_rounds)
+    hit_rate = hits_of_a_cycle(make(n_layers, n_neurons, n_slots), *sizes) / (n_layers * n_neurons * n_rounds)
     print(f"arena of {share:.0%} of a round, {hit_rate:.1%} found again")
     assert hit_rate > 0.5 * share

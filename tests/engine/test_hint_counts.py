@@ -9,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import neurons
 
-from sparseflow.engine.eviction import FirstInFirstOut, LeastRecentlyUsed
+from sparseflow.engine.engine import EVICTIONS
 from sparseflow.engine.residency import Acquire, Failed, Hint, Instruction, Load, Loaded, Refuse, Release, Residency
 from sparseflow.errors import DiskError
-
-EVICTIONS = {"lru": LeastRecentlyUsed, "fifo": FirstInFirstOut}
 
 Bundle = tuple[int, int]  # layer, id
 
@@ -22,7 +20,7 @@ class Hinted:
     """A residency whose events are given by hand. Two layers of 8 neurons, 4 slots."""
 
     def __init__(self, eviction: str) -> None:
-        self.residency = Residency(2, 8, 4, EVICTIONS[eviction](2, 4))
+        self.residency = Residency(2, 8, 4, EVICTIONS[eviction](2, 8, 4))
         self._n_fetches = 0
 
     @property
@@ -243,7 +241,7 @@ class Pair:
     """Gives events to a residency and tells the twin what came of them."""
 
     def __init__(self, n_layers: int, ffn_dim: int, n_slots: int, eviction: str) -> None:
-        self.residency = Residency(n_layers, ffn_dim, n_slots, EVICTIONS[eviction](n_layers, n_slots))
+        self.residency = Residency(n_layers, ffn_dim, n_slots, EVICTIONS[eviction](n_layers, ffn_dim, n_slots))
         self.twin = Twin(n_layers, n_slots)
         self.fetches: set[int] = set()
         self._n_fetches = 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from shards import neurons
 
-from sparseflow.engine.eviction import FirstInFirstOut, LeastRecentlyUsed
+from sparseflow.engine.engine import EVICTIONS
 from sparseflow.engine.residency import (
     Acquire,
     Event,
@@ -29,8 +29,6 @@ from sparseflow.errors import DiskError
 
 Bundle = tuple[int, int]  # layer, id
 
-EVICTIONS = {"lru": LeastRecentlyUsed, "fifo": FirstInFirstOut}
-
 
 # --- the model
 
@@ -40,6 +38,7 @@ class Fetch:
     """One that was asked for and is not over."""
 
     bundles: list[Bundle]
+    keep: bool = True
     is_granted: bool = False
     """It leases its bundles."""
     is_ready: bool = False
@@ -52,6 +51,8 @@ class Model:
     n_slots: int
     slot_of: dict[Bundle, int] = field(default_factory=dict)
     loading: set[Bundle] = field(default_factory=set)
+    passing: set[Bundle] = field(default_factory=set)
+    """Brought by fetches that keep nothing, and wanted by no other so far."""
     fetches: dict[int, Fetch] = field(default_factory=dict)
     waiting: deque[int] = field(default_factory=deque)
     answers: dict[int, int] = field(default_factory=dict)
@@ -76,6 +77,13 @@ class Model:
         would_be_leased = self.may_go() - set(here)
         return len(fetch.bundles) - len(here) <= self.n_slots - len(self.slot_of) + len(would_be_leased)
 
+    def let_pass(self) -> None:
+        """Passing bundles are gone with their last lease, but for those that somebody waits for and will keep."""
+        for bundle in self.passing & self.may_go():
+            if not any(fetch.keep and bundle in fetch.bundles for fetch in self.fetches.values()):
+                del self.slot_of[bundle]
+            self.passing.remove(bundle)
+
     def is_done(self, fetch: Fetch) -> bool:
         return not any(bundle in self.loading for bundle in fetch.bundles)
 
@@ -84,17 +92,17 @@ class Checker:
     """Applies events to both and compares."""
 
     def __init__(self, n_layers: int, ffn_dim: int, n_slots: int, eviction: str) -> None:
-        self.residency = Residency(n_layers, ffn_dim, n_slots, EVICTIONS[eviction](n_layers, n_slots))
+        self.residency = Residency(n_layers, ffn_dim, n_slots, EVICTIONS[eviction](n_layers, ffn_dim, n_slots))
         self.model = Model(n_slots)
         self.n_fetches = 0
 
     # events
 
-    def acquire(self, layer: int, ids: list[int]) -> int:
+    def acquire(self, layer: int, ids: list[int], keep: bool = True) -> int:
         self.n_fetches += 1
-        self.model.fetches[self.n_fetches] = Fetch([(layer, id_) for id_ in ids])
+        self.model.fetches[self.n_fetches] = Fetch([(layer, id_) for id_ in ids], keep)
         self.model.waiting.append(self.n_fetches)
-        rest = self._handle(Acquire(self.n_fetches, layer, neurons(*ids)))
+        rest = self._handle(Acquire(self.n_fetches, layer, neurons(*ids), keep))
         self._check_grants(rest)
         return self.n_fetches
 
@@ -115,11 +123,13 @@ class Checker:
         if number in self.model.waiting:
             self.model.waiting.remove(number)
         self.model.fetches.pop(number, None)
+        self.model.let_pass()
         self._check_grants(self._handle(Release(number)))
 
     def load_ends(self, bundles: list[Bundle]) -> None:
         slots = np.array([self.model.slot_of[bundle] for bundle in bundles], np.int64)
         self.model.loading -= set(bundles)
+        self.model.let_pass()
         rest = self._handle(Loaded(slots))
         expected = {n for n, fetch in self.model.fetches.items()
                     if fetch.is_granted and not fetch.is_ready and self.model.is_done(fetch)}  # fmt: skip
@@ -144,6 +154,8 @@ class Checker:
         for bundle in bundles:
             del self.model.slot_of[bundle]
         self.model.loading -= set(bundles)
+        self.model.passing -= set(bundles)
+        self.model.let_pass()
         self._check_grants(rest)
 
     # instructions
@@ -161,9 +173,13 @@ class Checker:
         while model.waiting and model.can_grant(fetch := model.fetches[model.waiting[0]]):
             number = model.waiting.popleft()
             missing = [bundle for bundle in fetch.bundles if bundle not in model.slot_of]
-            model.hits += len(fetch.bundles) - len(missing)
-            model.misses += len(missing)
             fetch.is_granted = True  # from here on its bundles may not go, not even for its own
+            if fetch.keep:
+                model.hits += len(fetch.bundles) - len(missing)
+                model.misses += len(missing)
+                model.passing -= set(fetch.bundles)
+            else:
+                model.passing |= set(missing)
             if missing:
                 load = rest.popleft()
                 assert isinstance(load, Load)
@@ -207,6 +223,7 @@ class Checker:
         assert set(model.slot_of.values()) <= set(range(model.n_slots))
         assert residency.n_resident == len(model.slot_of)
         assert residency.n_leased == len(model.leased())
+        assert not model.passing & model.may_go(), "what passes is leased, or on its way"
         counts = residency.counts
         assert (counts.hits, counts.misses) == (model.hits, model.misses)
         assert (counts.evictions, counts.hinted) == (model.evictions, model.hinted)
@@ -274,7 +291,8 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def acquire(self, data: st.DataObject) -> None:
         layer = self.draw_layer(data)
-        number = self.checker.acquire(layer, self.draw_ids(data, self.model.n_slots))
+        keep = data.draw(st.integers(0, 2), label="keep") > 0
+        number = self.checker.acquire(layer, self.draw_ids(data, self.model.n_slots), keep)
         assert number not in self.over
 
     @rule(data=st.data())
@@ -327,7 +345,7 @@ def test_long_random_history_agrees_with_the_model(rng: np.random.Generator, evi
         loading = [bundle for bundle in sorted(checker.model.loading) if rng.random() < 0.6]
         match int(rng.integers(10)):
             case 0 | 1 | 2:
-                checker.acquire(layer, ids[:n_slots])
+                checker.acquire(layer, ids[:n_slots], keep=bool(rng.random() < 0.7))
             case 3:
                 checker.hint(layer, ids)
             case 4 | 5 | 6 if checker.model.fetches:
@@ -347,7 +365,7 @@ def test_long_random_history_agrees_with_the_model(rng: np.random.Generator, evi
 @pytest.fixture(params=EVICTIONS)
 def residency(request: pytest.FixtureRequest) -> Residency:
     """Two layers of 8 neurons, 4 slots."""
-    return Residency(2, 8, 4, EVICTIONS[request.param](2, 4))
+    return Residency(2, 8, 4, EVICTIONS[request.param](2, 8, 4))
 
 
 def slots_of(instructions: list[Instruction]) -> Any:
@@ -497,6 +515,101 @@ def test_failure_makes_room_for_a_fetch_that_waits(residency: Residency) -> None
     assert residency.handle(Acquire(2, 1, neurons(0, 1, 2, 3))) == []
     residency.handle(Loaded(slots[1:]))
     assert kinds(residency.handle(Failed(slots[:1], DiskError("the disk")))) == ["Refuse", "Load"]
+
+
+def looked_at(residency: Residency, fetch: int, layer: int, ids: np.ndarray) -> None:
+    """A fetch that keeps nothing, from its beginning to its end."""
+    for load in residency.handle(Acquire(fetch, layer, ids, keep=False)):
+        if isinstance(load, Load):
+            residency.handle(Loaded(load.slots))
+    residency.handle(Release(fetch))
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_fetch_that_keeps_nothing_changes_neither_what_is_there_nor_its_order_nor_any_count(
+    rng: np.random.Generator, eviction: str
+) -> None:
+    """Beside a twin that is spared all looks: where these have room, nothing that follows tells the two apart."""
+    n_layers, ffn_dim, n_slots = 3, 40, 40
+    policies = [EVICTIONS[eviction](n_layers, ffn_dim, n_slots) for _ in range(2)]
+    ours, twin = (Residency(n_layers, ffn_dim, n_slots, policy) for policy in policies)
+    n_evicted = 0
+    for fetch in range(1, 400):
+        layer = int(rng.integers(n_layers))
+        ids = np.flatnonzero(rng.random(ffn_dim) < 0.2).astype(np.uint32)
+        n_free = n_slots - ours.n_resident
+        skipped = np.flatnonzero(~ours.resident(layer, np.arange(ffn_dim, dtype=np.uint32)))
+        there = np.flatnonzero(ours.resident(layer, np.arange(ffn_dim, dtype=np.uint32)))
+        wanted = np.union1d(skipped[: rng.integers(n_free + 1)], there[: rng.integers(len(there) + 1)])
+        looked_at(ours, -fetch, layer, wanted.astype(np.uint32))
+        for residency in (ours, twin):
+            for load in residency.handle(Acquire(fetch, layer, ids)):
+                if isinstance(load, Load):
+                    residency.handle(Loaded(load.slots))
+            residency.handle(Release(fetch))
+        assert ours.counts == twin.counts
+        assert (ours.layer_hits == twin.layer_hits).all()
+        for each in range(n_layers):
+            everything = np.arange(ffn_dim, dtype=np.uint32)
+            assert (ours.resident(each, everything) == twin.resident(each, everything)).all()
+        n_evicted = ours.counts.evictions
+    assert n_evicted > 100
+
+
+def test_fetch_that_keeps_nothing_displaces_what_would_have_gone_next(residency: Residency) -> None:
+    for fetch, ids in enumerate(([0, 1], [2, 3]), 1):
+        fetched(residency, fetch, 0, neurons(*ids))
+        residency.handle(Release(fetch))
+    looked_at(residency, 3, 1, neurons(6))
+    assert residency.resident(0, neurons(0, 1, 2, 3)).tolist() == [False, True, True, True]
+    assert residency.n_resident == 3
+    fetched(residency, 4, 1, neurons(5))
+    assert residency.resident(0, neurons(1, 2, 3)).all(), "there is room now"
+
+
+def test_bundle_stays_if_another_fetch_has_leased_it_meanwhile(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Acquire(1, 0, neurons(2, 3), keep=False)))
+    assert residency.handle(Acquire(2, 0, neurons(3))) == []
+    residency.handle(Loaded(slots))
+    residency.handle(Release(1))
+    assert residency.resident(0, neurons(2, 3)).tolist() == [False, True]
+    residency.handle(Release(2))
+    assert residency.resident(0, neurons(3)).all()
+    assert (residency.counts.hits, residency.counts.misses) == (1, 0)
+
+
+def test_bundle_stays_if_another_fetch_waits_for_it(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Acquire(1, 0, neurons(0, 1), keep=False)))
+    assert residency.handle(Acquire(2, 0, neurons(1, 2, 3, 4))) == []
+    residency.handle(Loaded(slots))
+    (load,) = residency.handle(Release(1))
+    assert isinstance(load, Load)
+    assert load.ids.tolist() == [2, 3, 4]
+
+
+def test_bundle_is_gone_with_the_last_of_several_looks(residency: Residency) -> None:
+    residency.handle(Loaded(slots_of(residency.handle(Acquire(1, 0, neurons(2), keep=False)))))
+    assert kinds(residency.handle(Acquire(2, 0, neurons(2), keep=False))) == ["Ready"]
+    residency.handle(Release(1))
+    assert residency.resident(0, neurons(2)).all()
+    residency.handle(Release(2))
+    assert residency.n_resident == 0
+
+
+def test_bundle_that_comes_after_its_look_was_given_up_is_gone(residency: Residency) -> None:
+    slots = slots_of(residency.handle(Acquire(1, 0, neurons(2), keep=False)))
+    residency.handle(Release(1))
+    assert residency.n_resident == 1
+    residency.handle(Loaded(slots))
+    assert residency.n_resident == 0
+
+
+def test_look_at_a_hinted_bundle_says_nothing_about_the_hint(residency: Residency) -> None:
+    residency.handle(Loaded(slots_of(residency.handle(Hint(0, neurons(3, 4))))))
+    looked_at(residency, 1, 0, neurons(3, 4))
+    assert residency.counts.hints_useful == 0
+    assert kinds(residency.handle(Acquire(2, 0, neurons(3)))) == ["Ready"]
+    assert residency.counts.hints_useful == 1
 
 
 def test_failed_hint_refuses_nobody(residency: Residency) -> None:

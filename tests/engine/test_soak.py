@@ -55,7 +55,7 @@ class Soak:
         self.shards = shards
         self.rng = np.random.default_rng(seed)
         self.n_slots = int(shards.n_bundles * self.rng.uniform(0.05, 0.5))
-        eviction = str(self.rng.choice(["lru", "fifo"]))
+        eviction = str(self.rng.choice(["lfu", "lru", "fifo"]))
         self.what = f"seed {seed}, io {io}, {self.n_slots} of {shards.n_bundles} slots, {eviction}"
         self.engine = Engine(shards.folder, shards.manifest, self.n_slots, io=io, eviction=eviction)
         self.may_cut = io != "map"  # a map that ends early is a signal, not an error

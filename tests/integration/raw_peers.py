@@ -79,8 +79,8 @@ class RawSession(Connection):
 
     def acquire(self, request_id: int, ids: bytes, **changed: Any) -> AcquireNeurons:
         """A request of this session."""
-        fields = {"epoch": self.welcome.epoch, "layer": 0, "released": [], "timeout_s": 1.0} | changed
-        return AcquireNeurons(request_id=request_id, ids=ids, **fields)
+        fields = {"epoch": self.welcome.epoch, "layer": 0, "released": [], "timeout_s": 1.0, "keep": True}
+        return AcquireNeurons(request_id=request_id, ids=ids, **fields | changed)
 
 
 class RawLine(Connection):

@@ -215,26 +215,26 @@ JUNK = {
     "a kind that is no number": packed(PROTOCOL_VERSION, "Attach"),
     "too few fields": packed(PROTOCOL_VERSION, 1, 5),
     "fields of other types": packed(PROTOCOL_VERSION, 3, 5, "0", -1, None, {}, 1),
-    "an extension type": b"\x93\x01\x01\xd4\x05x",
+    "an extension type": b"\x93\x02\x01\xd4\x05x",
     "much of nothing": b"x" * (150 << 10),
     "a long string as version": packed("v" * 150_000),
     "a long string as kind": packed(PROTOCOL_VERSION, "k" * 150_000),
 }
 DEEP = {  # what Python cannot say in so many words
     "version": b"\x92" + nested(1000) + b"\x01",
-    "kind": b"\x92\x01" + nested(1000),
-    "field": b"\x93\x01\x06" + nested(1000),
+    "kind": b"\x92\x02" + nested(1000),
+    "field": b"\x93\x02\x06" + nested(1000),
 }
 NOT_GREETINGS = {
     "an empty packet": b"",
     "a question for the other socket": encode(StatusRequest(7)),
-    "a request before the session": encode(AcquireNeurons(7, 1, 0, b"", [], 1.0)),
+    "a request before the session": encode(AcquireNeurons(7, 1, 0, b"", [], 1.0, True)),
     "goodbye before hello": encode(Detach()),
     "what only a server says": encode(Detached(1)),
     "a session that is not open": encode(Join(1, bytes(16))),
     "a token that is none": encode(Join(1, b"x")),
     "a long name of a model": encode(attach("m" * 150_000)),
-    "deep nesting as fingerprint": b"\x95\x01\x01\x05\xa0\x81\xa7weights" + nested(900),
+    "deep nesting as fingerprint": b"\x95\x02\x01\x05\xa0\x81\xa7weights" + nested(900),
 }
 
 
@@ -411,7 +411,7 @@ FRAMES = {
     "the delimiter of a REQ socket": [b"", encode(StatusRequest(7))],
     "many frames": [b"x"] * 200,
     "what belongs on the other socket": [encode(attach())],
-    "a request": [encode(AcquireNeurons(7, 1, 0, b"", [], 1.0))],
+    "a request": [encode(AcquireNeurons(7, 1, 0, b"", [], 1.0, True))],
     "what only a server says": [encode(Detached(1))],
 } | {what: [content] for what, content in JUNK.items()}
 

@@ -22,7 +22,7 @@ def soak(host: Host, folder: Path, seconds: float, *, n_clients: int, kill_every
     rng = random.Random(seed)
     shards = ServedShards(folder / "store", n_layers=5, ffn_dim=150, bundle_nbytes=bundle_nbytes)
     n_slots = rng.randint(8, 24) * (n_clients + 1)
-    eviction = rng.choice(["lru", "fifo"])
+    eviction = rng.choice(["lfu", "lru", "fifo"])
     print(f"seed {seed}, {n_slots} of {shards.n_bundles} slots, {eviction}")
     server = host.serve(shards.folder, cpu_cache_ratio=shards.ratio(n_slots), max_sessions=n_clients, eviction=eviction)
     assert server.status()["models"][0]["n_slots"] == n_slots

@@ -2,6 +2,8 @@
 
 import ctypes
 import fcntl
+import json
+import math
 import mmap
 import os
 import threading
@@ -15,8 +17,10 @@ from dense_reference import DenseIds
 from processes import Host, ServerProcess, until
 from served_shards import ServedShards
 
+from sparseflow.cli.status import page
 from sparseflow.client.attachment import Attachment
 from sparseflow.client.weight_client import WeightClient
+from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.protocol.session_counters import COUNTERS_NBYTES
 
 PROMPT = [5, 6, 7, 8]
@@ -362,6 +366,56 @@ def test_what_a_client_writes_into_its_map_of_dense_weights_nobody_else_sees(ser
             own[:] = 0xFF
             assert np.array_equal(others, before)
             del own, others
+
+
+MEASURE_RECALL = """
+from sparseflow.orchestration.density import FixedCrossover
+from telling import generate, given, hear, open_model, tell
+
+model = open_model(activation_threshold=0.0)
+model.coordinator.crossover = FixedCrossover(1.0)
+model.coordinator.live_recall.every_step = True
+generate(model, given["prompt"], given["n_tokens"])
+stats, source = model.stats, model.source
+tell([stats.recall, stats.recall_error, stats.recall_samples, stats.decode.fetches and stats.decode.fetches.hit_rate])
+hear()
+model.close()
+"""
+
+
+@pytest.mark.parametrize("ratio", [0.2, 1.0], ids=["arena", "whole model"])
+def test_recall_that_a_session_measures_is_in_the_servers_status(host: Host, demo_store: Path, ratio: float) -> None:
+    server = host.serve(demo_store, cpu_cache_ratio=ratio)
+    client = host.client(MEASURE_RECALL, name="s", prompt=PROMPT, n_tokens=N_TOKENS)
+    recall, error, n_samples, hit_rate = client.hear()
+    assert 0.9 < recall < 1
+    assert 0 < error < 0.05
+    session = server.session(client.pid)
+    assert session is not None
+    assert [session[name] for name in ("recall", "recall_error", "recall_samples")] == [recall, error, n_samples]
+    if ratio < 1:  # what was looked at counts neither here nor there, but in prompts
+        assert session["hit_rate"] == pytest.approx(hit_rate, abs=0.1)
+    assert f"{recall:.2%} ±{100 * error:.2f}" in page(server.status())
+    client.say()
+    client.finish()
+
+
+def test_session_that_has_measured_nothing_has_no_recall(server: ServerProcess, attachment: Attachment) -> None:
+    (session,) = server.status()["sessions"]
+    assert [session[name] for name in ("recall", "recall_error", "recall_samples")] == [None, None, None]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 1e308, 5e-324])
+def test_nonsense_on_its_page_harms_neither_status_nor_server(
+    server: ServerProcess, attachment: Attachment, value: float
+) -> None:
+    for measured in (MeasuredRecall(*[value] * 4), MeasuredRecall(9.0, 1.0, value, value), MeasuredRecall(value)):
+        attachment.counters.set_recall(measured)
+        status = server.status()
+        json.dumps(status, allow_nan=False)
+        page(status)
+        recall = status["sessions"][0]["recall"]
+        assert recall is None or 0 <= recall <= 1
 
 
 def test_counters_are_the_sessions_own(server: ServerProcess, attachment: Attachment) -> None:

@@ -95,6 +95,7 @@ def test_whole_family_equals_dense(name: str, ratio: float, family_checkpoint: C
 
 STRATEGIES = {
     "one layer's slots for all layers": OffloadStrategy(aggressive_offload=True),
+    "least recently used": OffloadStrategy(cpu_cache_ratio=0.1, eviction="lru"),
     "first in first out": OffloadStrategy(cpu_cache_ratio=0.1, use_lru_eviction=False),
     "synchronous": OffloadStrategy(cpu_cache_ratio=0.1, async_transfer=False),
 }

@@ -274,9 +274,7 @@ def test_the_attention_implementation_can_be_chosen(family_checkpoint: Any) -> N
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize(
-    "settings", [{"predictor_weights_path": "/nowhere"}, {"secondary_device": "cuda:7"}, {"primary_device": "banana"}]
-)
+@pytest.mark.parametrize("settings", [{"secondary_device": "cuda:7"}, {"primary_device": "banana"}])
 def test_a_setting_without_effect_is_refused(family_checkpoint: Any, settings: dict[str, str]) -> None:
     store = DiskWeightStore(family_checkpoint("base")).initialize_from_pretrained()
     with pytest.raises(BadRequest, match="this version"):
@@ -329,8 +327,8 @@ def test_a_dense_step_follows_the_slots_wherever_bundles_lie(family_checkpoint: 
     class Moved:
         """A fetch of the same bundles, elsewhere."""
 
-        def __init__(self, layer: int, ids: Any) -> None:
-            self.bundles = fetch(layer, ids).wait(1)
+        def __init__(self, layer: int, ids: Any, keep: bool = True) -> None:
+            self.bundles = fetch(layer, ids, keep).wait(1)
 
         def wait(self, timeout_s: float) -> HostBundles:
             slots = torch.argsort(order)[torch.from_numpy(self.bundles.slots.astype("int64"))]

@@ -120,7 +120,7 @@ def test_every_message_comes_back_as_it_was(cls: type[Any], data: st.DataObject)
 def test_largest_layer_comes_back(rng: np.random.Generator) -> None:
     """All neurons of 65,536 are asked for, and many leases released beside them."""
     ids = np.arange(1 << 16, dtype="<u4").tobytes()
-    request = AcquireNeurons(MOST_INT, MOST_INT, 95, ids, rng.integers(0, 2**63, 10_000).tolist(), 60.0)
+    request = AcquireNeurons(MOST_INT, MOST_INT, 95, ids, rng.integers(0, 2**63, 10_000).tolist(), 60.0, True)
     assert decode(encode(request)) == request
 
 
@@ -130,7 +130,7 @@ def test_largest_layer_comes_back(rng: np.random.Generator) -> None:
 WIRE = {
     1: ("Attach", "pid model expected"),
     2: ("Detach", ""),
-    3: ("AcquireNeurons", "request_id epoch layer ids released timeout_s"),
+    3: ("AcquireNeurons", "request_id epoch layer ids released timeout_s keep"),
     4: ("HintNeurons", "epoch layer ids"),
     5: ("ReleaseLeases", "epoch released"),
     6: ("StatusRequest", "request_id"),
@@ -148,8 +148,8 @@ WIRE = {
 }
 
 
-def test_kinds_and_fields_of_version_1_are_these() -> None:
-    assert PROTOCOL_VERSION == 1
+def test_kinds_and_fields_of_version_2_are_these() -> None:
+    assert PROTOCOL_VERSION == 2
     assert {cls.KIND: (cls.__name__, " ".join(fields_of(cls))) for cls in ALL} == WIRE
 
 
@@ -161,22 +161,24 @@ def test_bytes_of_a_request_are_these() -> None:
         ids=np.array([1, 258], "<u4").tobytes(),
         released=[299, 7],
         timeout_s=1.5,
+        keep=False,
     )
     assert encode(request) == bytes.fromhex(
-        "98"  # eight parts
-        "01 03"  # version, kind
+        "99"  # nine parts
+        "02 03"  # version, kind
         "cd012c"  # request_id
         "cf8000000000000000"  # epoch
         "05"  # layer
         "c408 01000000 02010000"  # ids
         "92 cd012b 07"  # released
         "cb3ff8000000000000"  # timeout_s
+        "c2"  # keep
     )
 
 
 def test_bytes_of_a_reply_are_these() -> None:
-    assert encode(ErrorReply(1, 2, "resync", "é")) == bytes.fromhex("96 01 15 01 02 a6") + b"resync" + b"\xa2\xc3\xa9"
-    assert encode(Detach()) == bytes.fromhex("920102")
+    assert encode(ErrorReply(1, 2, "resync", "é")) == bytes.fromhex("96 02 15 01 02 a6") + b"resync" + b"\xa2\xc3\xa9"
+    assert encode(Detach()) == bytes.fromhex("920202")
 
 
 # --- the registry
@@ -279,7 +281,7 @@ def test_integer_beyond_64_bits_is_refused() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"\0", b"junk", b"\xff" * 40, b"\xc0", b"\xc1", b"\x80", b"\x90", b"\x91\x01", b"\x93\x01\x01"),
+        *(b"", b"\0", b"junk", b"\xff" * 40, b"\xc0", b"\xc1", b"\x80", b"\x90", b"\x91\x02", b"\x93\x02\x01"),
         msgpack.packb({"version": 1, "kind": 2}),
         msgpack.packb([PROTOCOL_VERSION]),
         *(
@@ -308,9 +310,9 @@ def test_junk_is_refused(content: bytes) -> None:
 )
 def test_extension_types_are_refused_wherever_they_stand(extension: bytes) -> None:
     assert isinstance(refused(extension), Undecodable)
-    assert isinstance(refused(b"\x92\x01" + extension), Undecodable)
-    assert isinstance(refused(b"\x93\x01\x06" + extension), Undecodable)
-    assert isinstance(refused(b"\x95\x01\x01\x01\xa1m\x81\xa1a" + extension), Undecodable), "inside a field of Attach"
+    assert isinstance(refused(b"\x92\x02" + extension), Undecodable)
+    assert isinstance(refused(b"\x93\x02\x06" + extension), Undecodable)
+    assert isinstance(refused(b"\x95\x02\x01\x01\xa1m\x81\xa1a" + extension), Undecodable), "inside a field of Attach"
 
 
 @pytest.mark.parametrize(
@@ -326,13 +328,13 @@ def test_extension_types_are_refused_wherever_they_stand(extension: bytes) -> No
     ids=bytes.hex,
 )
 def test_key_that_is_no_text_is_refused(field: bytes) -> None:
-    assert isinstance(refused(b"\x95\x01\x01\x01\xa1m" + field), Undecodable)
+    assert isinstance(refused(b"\x95\x02\x01\x01\xa1m" + field), Undecodable)
 
 
 @pytest.mark.parametrize("header", ["ddffffffff", "dfffffffff", "c6ffffffff", "dbffffffff", "dd00010001", "df00010001"])
 def test_header_that_promises_more_than_may_come_is_refused_before_memory_is_taken(header: str) -> None:
     """Array, map, bytes, text; also inside a message."""
-    for before in ("", "9201", "930106", "95010101a16d81a161"):
+    for before in ("", "9202", "930206", "95020101a16d81a161"):
         content = bytes.fromhex(before + header)
         tracemalloc.start()
         try:
@@ -361,12 +363,12 @@ NESTED = {
 }
 AROUND = {  # what stands before and after; nothing of it is a message
     "version": (b"\x92", b"\x01"),
-    "kind": (b"\x92\x01", b""),
-    "first field": (b"\x93\x01\x06", b""),
-    "later field": (b"\x95\x01\x04\x01\x01", b""),
-    "inside a field": (b"\x95\x01\x01\xc0\xa1m\x81\xa1a", b""),
-    "field too many": (b"\x93\x01\x02", b""),
-    "fields missing": (b"\x93\x01\x03", b""),
+    "kind": (b"\x92\x02", b""),
+    "first field": (b"\x93\x02\x06", b""),
+    "later field": (b"\x95\x02\x04\x01\x01", b""),
+    "inside a field": (b"\x95\x02\x01\xc0\xa1m\x81\xa1a", b""),
+    "field too many": (b"\x93\x02\x02", b""),
+    "fields missing": (b"\x93\x02\x03", b""),
 }
 
 
@@ -379,7 +381,7 @@ def test_lists_and_maps_in_each_other_are_refused_however_deep(
         refused(around[0] + nested[0] * depth + nested[1] + around[1])
 
 
-@pytest.mark.parametrize("version", [0, 2, 255, 2**64 - 1, -1, 1.5, "1", b"\x01", None, [], [1], {}])
+@pytest.mark.parametrize("version", [0, 1, PROTOCOL_VERSION + 1, 2**64 - 1, -1, 1.5, "1", b"\x01", None, [], [1], {}])
 def test_other_version_is_a_mismatch_whatever_follows(version: Any) -> None:
     for rest in ([2], [999, "anything"], [None], [[], {}, b""]):
         error = refused(msgpack.packb([version, *rest]))
@@ -388,7 +390,7 @@ def test_other_version_is_a_mismatch_whatever_follows(version: Any) -> None:
         assert f"{PROTOCOL_VERSION} here" in str(error)
 
 
-@pytest.mark.parametrize("version", [True, 1.0])
+@pytest.mark.parametrize("version", [float(PROTOCOL_VERSION)])
 def test_version_that_only_equals_ours_is_refused(version: Any) -> None:
     refused(msgpack.packb([version, Detach.KIND]))
 
@@ -422,7 +424,7 @@ def test_error_is_short_however_long_what_is_wrong(filler: Any) -> None:
 
 
 def test_request_id_of_a_spoiled_request_is_kept() -> None:
-    whole = [PROTOCOL_VERSION, AcquireNeurons.KIND, 4711, 1, 2, b"", [], 1.0]
+    whole = [PROTOCOL_VERSION, AcquireNeurons.KIND, 4711, 1, 2, b"", [], 1.0, True]
     for position in range(3, len(whole)):
         error = refused(msgpack.packb([*whole[:position], None, *whole[position + 1 :]]))
         assert isinstance(error, Undecodable)

@@ -13,7 +13,7 @@ import pytest
 
 from sparseflow.errors import BadRequest, NoAnswer, ProtocolMismatch, ServerNotRunning
 from sparseflow.protocol.codec import encode
-from sparseflow.protocol.messages import Attach, Detach, Detached, ErrorReply, Message
+from sparseflow.protocol.messages import PROTOCOL_VERSION, Attach, Detach, Detached, ErrorReply, Message
 from sparseflow.protocol.packets import PACKET_NBYTES, receive_packet, send_packet
 
 TIMEOUT_S = 10.0
@@ -179,11 +179,11 @@ def test_message_that_fits_no_packet_is_refused_and_nothing_is_sent(pair: Pair, 
 JUNK = {
     "junk": b"\xc1junk",
     "not an array": msgpack.packb({"a": 1}),
-    "unknown kind": msgpack.packb([1, 99]),
-    "a field too few": msgpack.packb([1, 1]),
-    "a field too many": msgpack.packb([1, 18, 1, 1]),
-    "a field too many for a message of none": msgpack.packb([1, 2, 1]),
-    "lists in lists": b"\x92\x01" + b"\x91" * 1020 + b"\x90",
+    "unknown kind": msgpack.packb([PROTOCOL_VERSION, 99]),
+    "a field too few": msgpack.packb([PROTOCOL_VERSION, 1]),
+    "a field too many": msgpack.packb([PROTOCOL_VERSION, 18, 1, 1]),
+    "a field too many for a message of none": msgpack.packb([PROTOCOL_VERSION, 2, 1]),
+    "lists in lists": b"\x92" + bytes([PROTOCOL_VERSION]) + b"\x91" * 1020 + b"\x90",
 }
 
 
@@ -199,7 +199,7 @@ def test_junk_is_refused_and_its_descriptors_closed(pair: Pair, files: list[int]
 
 
 def test_other_version_is_a_mismatch_and_its_descriptors_closed(pair: Pair, files: list[int]) -> None:
-    socket.send_fds(pair[0], [msgpack.packb([2, 1, "anything"])], files[:3])
+    socket.send_fds(pair[0], [msgpack.packb([PROTOCOL_VERSION + 1, 1, "anything"])], files[:3])
     before = n_open()
     with pytest.raises(ProtocolMismatch):
         receive_packet(pair[1])

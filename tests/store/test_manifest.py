@@ -40,7 +40,7 @@ FILES = {
     "config.json": FileEntry(50, "00000000000000ee"),
 }
 TABLES = {shard_name(0): "00000000000000ab", shard_name(1): "00000000000000ac"}
-MANIFEST = Manifest(PROFILE, FILES, {"name": "facebook/opt-tiny", "dtype": "float16", "rounding_seed": 7}, TABLES)
+MANIFEST = Manifest(PROFILE, FILES, {"name": "facebook/opt-tiny", "dtype": "float16", "dither_seed": 7}, TABLES)
 
 
 def edit(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -198,13 +198,13 @@ UNREADABLE = {
     "empty": b"",
     "not JSON": b"bundles of neurons",
     "not text": b"\xff\xfe\x00\xd8",
-    "cut short": b'{"format_version": 2, "profile"',
+    "cut short": b'{"format_version": 3, "profile"',
     "null": b"null",
     "number": b"1",
     "text": b'"format_version"',
     "list": b"[]",
     "no version": b"{}",
-    "no profile": b'{"format_version": 2}',
+    "no profile": b'{"format_version": 3}',
     "nested out of all reason": b"[" * 100_000,
 }
 

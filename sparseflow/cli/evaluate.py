@@ -1,0 +1,90 @@
+"""Measure on text what fidelities cost in quality and spare in bytes, against the dense model.
+
+Each token computes with its own neurons only, as while decoding.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sparseflow.cli.arguments import add_dtype, number
+from sparseflow.core.config import OffloadStrategy
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """STORE --text, what to compare, and how to show it."""
+    parser.add_argument("store", help="a store, a transformers checkpoint folder, or a hub id")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
+    parser.add_argument(
+        "--fidelity",
+        nargs="+",
+        default=["exact", "certified"],
+        metavar="FIDELITY",
+        help="exact, certified, calibrated, calibrated:RECALL or calibrated:RECALL:PREDICTOR; several at once",
+    )
+    parser.add_argument("--tokens", type=number(int, 1), help="at most so many of the text; else all")
+    parser.add_argument(
+        "--window", type=number(int, 2), help="tokens that attend to each other; else 256, or the model's positions"
+    )
+    parser.add_argument("--layers", action="store_true", help="show each layer too")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
+    parser.add_argument(
+        "--activation-threshold",
+        type=float,
+        default=OffloadStrategy().activation_threshold,
+        help="scales the predictors' margins",
+    )
+    parser.add_argument(
+        "--cpu-cache-ratio",
+        type=number(float, 0, 1),
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="tell what would be read from disk with this share of all bundles in host memory; several at once",
+    )
+    parser.add_argument("--memory", default="auto", help="as of generate")
+    parser.add_argument("--threads", type=number(int, 1), help="compute threads; else torch's own choice")
+    add_dtype(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, object]:
+    """Print a table, or with --json one object."""
+    from sparseflow.evaluation.plot import plot, require_plotting
+
+    strategy = OffloadStrategy(activation_threshold=arguments.activation_threshold)
+    if arguments.plot is not None:
+        require_plotting()
+    import torch
+
+    from sparseflow.evaluation.evaluate import evaluate
+    from sparseflow.evaluation.report import report
+    from sparseflow.models.opt_sparse import SparseOPTForCausalLM
+    from sparseflow.orchestration.fidelity import require_fidelity
+
+    for fidelity in arguments.fidelity:
+        require_fidelity(fidelity)  # before anything is converted
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    quiet = not sys.stderr.isatty()
+    model = SparseOPTForCausalLM.from_pretrained(
+        arguments.store, memory=arguments.memory, fidelity="dense", dtype=arguments.dtype, quiet=quiet
+    )
+    try:
+        result = evaluate(
+            model,
+            arguments.text,
+            arguments.fidelity,
+            n_tokens=arguments.tokens,
+            window=arguments.window,
+            activation_threshold=strategy.activation_threshold,
+            cache_ratios=arguments.cpu_cache_ratio,
+            quiet=quiet,
+        )
+    finally:
+        model.close()
+    if not arguments.json:
+        print(report(result, by_layer=arguments.layers))
+    if arguments.plot is not None:
+        for path in plot(result, arguments.plot):
+            print(path, file=sys.stderr)
+    return result

@@ -1,0 +1,1 @@
+"""What a fidelity costs in quality and spares in bytes, measured on text."""
