@@ -60,9 +60,7 @@ def test_field_that_is_not_known_here_differs() -> None:
 
 @pytest.mark.parametrize("name", ["protocol", "layout"])
 def test_other_version_is_a_mismatch_of_protocols(name: str) -> None:
-    with pytest.raises(
-        ProtocolMismatch, match=rf"{name}: 99 there, \d here.*install the same SparseFlow"
-    ):
+    with pytest.raises(ProtocolMismatch, match=rf"{name}: 99 there, \d here.*install the same SparseFlow"):
         model_for(attach(**{name: 99}, weights="xyz"), served("one"))
 
 
