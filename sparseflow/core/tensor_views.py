@@ -73,7 +73,8 @@ def _tensors(
 ) -> "dict[str, Tensor]":
     import torch
 
-    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U64": torch.uint64}
+    floats = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    dtypes = floats | {"I8": torch.int8, "I16": torch.int16, "U64": torch.uint64}
     if expected is not None and [place.spec for place in places.values()] != list(expected):
         raise ShardCorrupt(
             f"{path}: not laid out as this version of SparseFlow reads it; remove the store and convert the model again"

@@ -219,23 +219,28 @@ class S3Fifo:
         self._long = deque(slot for slot in self._long if slot not in gone)
 
     def victims(self, n: int, may_go: NDArray[np.bool_]) -> Slots:
-        """As `Eviction.victims`, one slot after the other. What may not go is put back where it was taken from."""
+        """As `Eviction.victims`, one slot after the other. What may not go is put back where it was taken from, and a
+        queue of nothing else is left alone.
+        """
         found: list[int] = []
-        n_left = 8 * (len(self._short) + len(self._long))  # each use is worth a round, and three are the most
-        while len(found) < n and n_left:
-            n_left -= 1
-            takes_short = self._short and (len(self._short) > self._n_short or not self._long)
+        n_of_short, n_of_long = (
+            int(may_go[np.array(queue, np.int64)].sum()) for queue in (self._short, self._long)
+        )  # may go
+        while len(found) < n and n_of_short + n_of_long:
+            takes_short = bool(n_of_short) and (len(self._short) > self._n_short or not n_of_long)
             slot = (self._short if takes_short else self._long).popleft()
             if not may_go[slot]:
                 (self._short if takes_short else self._long).append(slot)
             elif takes_short and self._uses[slot] > 1:
                 self._uses[slot] = 0
                 self._long.append(slot)
+                n_of_short, n_of_long = n_of_short - 1, n_of_long + 1
             elif not takes_short and self._uses[slot] > 0:
                 self._uses[slot] -= 1
                 self._long.append(slot)
             else:
                 found.append(slot)
+                n_of_short, n_of_long = n_of_short - takes_short, n_of_long - (not takes_short)
                 if takes_short:
                     self._remember(int(self._bundle_in[slot]))
         return np.array(found, np.int64)

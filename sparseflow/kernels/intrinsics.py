@@ -10,12 +10,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparseflow.store.codes import GROUP, ROW_GROUP_NBYTES
+from sparseflow.store.codes import GROUP, ROW_GROUP_WORDS
 
 DIGEST = zlib.crc32(Path(__file__).read_bytes(), GROUP) | 1  # of this file and what it imports; never 0
 
-_PREFETCH_AHEAD = 2048  # bytes of codes, asked for before they are read; a group of a row is one cache line
-_LANES = 16  # float32 lanes of the running sum; LLVM splits them where the machine's vectors are narrower
+LANES = 16  # float32 lanes of the running sum; LLVM splits them where the machine's vectors are narrower
 
 
 def _half_to_float(builder: Any, bits: Any) -> Any:
@@ -102,33 +101,36 @@ int8_at = _pointer_to(types.int8)
 int16_at = _pointer_to(types.int16)
 half_at = _pointer_to(types.uint16)
 bfloat_at = _pointer_to(types.int16)
+int32_at = _pointer_to(types.int32)
 uint32_at = _pointer_to(types.uint32)
 int64_at = _pointer_to(types.int64)
 float32_at = _pointer_to(types.float32)
 float64_at = _pointer_to(types.float64)
 
 
-def _load_wide(builder: Any, pointer: Any, offset: Any, element: ir.Type) -> Any:
-    """Two lanes' width of small integers at pointer[offset], sign-extended to int16."""
-    vector = ir.VectorType(element, 2 * _LANES)
-    values = builder.load(builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
-    wide = ir.VectorType(ir.IntType(16), 2 * _LANES)
-    return values if values.type == wide else builder.sext(values, wide)
+def _load(builder: Any, pointer: Any, offset: Any, n_elements: int) -> Any:
+    """A vector of what lies at pointer[offset] and behind."""
+    vector = ir.VectorType(pointer.type.pointee, n_elements)
+    return builder.load(builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
 
 
-def _nibbles(builder: Any, packed: Any) -> tuple[Any, Any]:
-    """The lower and the upper four bits of sign-extended bytes, each with its own sign."""
-    places = [ir.Constant(packed.type, [n_bits] * packed.type.count) for n_bits in (12, 4)]
-    return builder.ashr(builder.shl(packed, places[0]), places[0]), builder.ashr(packed, places[1])
+def _nibbles(builder: Any, words: Any) -> list[Any]:
+    """The four nibbles of 16-bit words, lowest first. Every second is 16 times as large, which spares its shift."""
+
+    def all_lanes(value: int) -> Any:
+        return ir.Constant(words.type, [value] * words.type.count)
+
+    upper = builder.lshr(words, all_lanes(8))
+    return [builder.and_(half, all_lanes(mask)) for half in (words, upper) for mask in (0x0F, 0xF0)]
 
 
 def _pairwise_products(builder: Any, a: Any, b: Any) -> Any:
     """Products of two int16 vectors, neighbours added in int32: LLVM makes one `pmaddwd` of it."""
-    wide = ir.VectorType(ir.IntType(32), 2 * _LANES)
+    wide = ir.VectorType(ir.IntType(32), 2 * LANES)
     products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-    lanes_i32 = ir.VectorType(ir.IntType(32), _LANES)
-    even = ir.Constant(lanes_i32, list(range(0, 2 * _LANES, 2)))
-    odd = ir.Constant(lanes_i32, list(range(1, 2 * _LANES, 2)))
+    lanes_i32 = ir.VectorType(ir.IntType(32), LANES)
+    even = ir.Constant(lanes_i32, list(range(0, 2 * LANES, 2)))
+    odd = ir.Constant(lanes_i32, list(range(1, 2 * LANES, 2)))
     return builder.add(
         builder.shuffle_vector(products, products, even), builder.shuffle_vector(products, products, odd)
     )
@@ -137,15 +139,15 @@ def _pairwise_products(builder: Any, a: Any, b: Any) -> Any:
 def _splat(builder: Any, scalar: Any) -> Any:
     i32 = ir.IntType(32)
     vector = builder.insert_element(
-        ir.Constant(ir.VectorType(scalar.type, _LANES), ir.Undefined), scalar, ir.Constant(i32, 0)
+        ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined), scalar, ir.Constant(i32, 0)
     )
-    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(i32, _LANES), [0] * _LANES))
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(i32, LANES), [0] * LANES))
 
 
 def _sum_lanes(builder: Any, lanes: Any) -> Any:
     """The sum of all lanes, halving the vector each time."""
     i32 = ir.IntType(32)
-    width = _LANES
+    width = LANES
     while width > 1:
         width //= 2
         lower = ir.Constant(ir.VectorType(i32, width), list(range(width)))
@@ -155,44 +157,38 @@ def _sum_lanes(builder: Any, lanes: Any) -> Any:
 
 
 @intrinsic
-def prefetch_row(typingctx: Any, codes: Any, n_groups: Any) -> Any:
-    """Ask for all cache lines of a plane's row. codes: int8*, n_groups: intp."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        codes, n_groups = args
-        with cgutils.for_range(builder, n_groups, intp=n_groups.type) as loop:
-            first = builder.mul(loop.index, ir.Constant(n_groups.type, ROW_GROUP_NBYTES))
-            _prefetch(builder, builder.gep(codes, [first]))
-        return context.get_dummy_value()
-
-    return types.void(types.CPointer(types.int8), types.intp), codegen
-
-
-@intrinsic
-def nibble_dot(typingctx: Any, codes: Any, x: Any, code_scales: Any, x_scales: Any, n_groups: Any) -> Any:
+def nibble_dot(
+    typingctx: Any, codes: Any, ahead: Any, x: Any, starts: Any, code_scales: Any, x_scales: Any, n_groups: Any
+) -> Any:
     """sum over g of code_scales[g] * x_scales[g] * (codes of group g . x of group g), GROUP elements a group.
 
-    codes: int8*, a row of a plane as `store.codes` packs it, x: int16*, both scales: float32*, n_groups: intp. Written
-    as vectors because LLVM does not find this shape by itself (from a scalar loop it made code a quarter as fast):
-    exact in int32 within a group; the groups add up in float32 lanes.
+    codes: int16*, a row of a plane as `store.codes` packs it. ahead: int16*, a row that is asked for meanwhile. x: int16*.
+    starts: int32*, LANES a group, added to the product of codes and x; lane l sums columns 2 l and 2 l + 1 of each
+    ROW_GROUP_WORDS. Both scales: float32*, n_groups: intp. Written as vectors because LLVM does not find this shape by
+    itself (from a scalar loop it made code a quarter as fast): exact in int32 within a group; the groups add up in
+    float32 lanes.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        codes, x, code_scales, x_scales, n_groups = args
-        index = n_groups.type
-        lanes_i32, lanes_f32 = ir.VectorType(ir.IntType(32), _LANES), ir.VectorType(ir.FloatType(), _LANES)
-        total = cgutils.alloca_once_value(builder, ir.Constant(lanes_f32, [0.0] * _LANES))
-        with cgutils.for_range(builder, n_groups, intp=index) as loop:
-            partial = ir.Constant(lanes_i32, [0] * _LANES)
-            first = builder.mul(loop.index, ir.Constant(index, ROW_GROUP_NBYTES))
-            _prefetch(builder, builder.gep(codes, [builder.add(first, ir.Constant(index, _PREFETCH_AHEAD))]))
-            for offset in range(0, ROW_GROUP_NBYTES, 2 * _LANES):
-                packed = _load_wide(builder, codes, builder.add(first, ir.Constant(index, offset)), ir.IntType(8))
-                column = builder.mul(loop.index, ir.Constant(index, GROUP))
-                for n, nibbles in enumerate(_nibbles(builder, packed)):
-                    start = builder.add(column, ir.Constant(index, offset + n * ROW_GROUP_NBYTES))
-                    wide_x = _load_wide(builder, x, start, ir.IntType(16))
-                    partial = builder.add(partial, _pairwise_products(builder, nibbles, wide_x))
+        codes, ahead, x, starts, code_scales, x_scales, n_groups = args
+
+        def place(group: Any, n_elements: int, offset: int = 0) -> Any:
+            start = builder.mul(group, ir.Constant(group.type, n_elements))
+            return builder.add(start, ir.Constant(group.type, offset))
+
+        lanes_f32 = ir.VectorType(ir.FloatType(), LANES)
+        total = cgutils.alloca_once_value(builder, ir.Constant(lanes_f32, [0.0] * LANES))
+        with cgutils.for_range(builder, n_groups, intp=n_groups.type) as loop:
+            _prefetch(builder, builder.gep(ahead, [place(loop.index, ROW_GROUP_WORDS)]))
+            words = _load(builder, codes, place(loop.index, ROW_GROUP_WORDS), ROW_GROUP_WORDS)
+            products = []
+            for n, nibbles in enumerate(_nibbles(builder, words)):
+                columns = _load(builder, x, place(loop.index, GROUP, n * ROW_GROUP_WORDS), ROW_GROUP_WORDS)
+                products.append(_pairwise_products(builder, nibbles, columns))
+            sixteen_fold = builder.add(products[1], products[3])
+            partial = builder.ashr(sixteen_fold, ir.Constant(sixteen_fold.type, [4] * LANES))
+            for term in (products[0], products[2], _load(builder, starts, place(loop.index, LANES), LANES)):
+                partial = builder.add(partial, term)
             scale = builder.fmul(
                 builder.load(builder.gep(code_scales, [loop.index])), builder.load(builder.gep(x_scales, [loop.index]))
             )
@@ -200,5 +196,8 @@ def nibble_dot(typingctx: Any, codes: Any, x: Any, code_scales: Any, x_scales: A
             builder.store(builder.fadd(builder.load(total), term, flags=("contract",)), total)
         return _sum_lanes(builder, builder.load(total))
 
-    pointers = (types.CPointer(types.int8), types.CPointer(types.int16), types.CPointer(types.float32))
-    return types.float32(*pointers, types.CPointer(types.float32), types.intp), codegen
+    numbers = types.CPointer(types.float32)
+    integers = types.CPointer(types.int16)
+    return types.float32(
+        integers, integers, integers, types.CPointer(types.int32), numbers, numbers, types.intp
+    ), codegen

@@ -1,7 +1,7 @@
 """The kernel of `kernels/bounds.py`, which says what it computes: bounds of all neurons for some tokens.
 
 Each thread quantises the tokens for itself (no barrier), then goes over its part of the neurons twice: the coarse plane
-of all, then the fine plane of those that are left, whose rows are asked for one by one beforehand.
+of all, then the fine plane of those that are left. A row is asked for while others before it are read.
 """
 
 from functools import cache
@@ -12,24 +12,24 @@ from numba import njit
 
 from sparseflow.kernels.intrinsics import (
     DIGEST,
+    LANES,
     advance,
     float32_at,
     float64_at,
-    int8_at,
     int16_at,
+    int32_at,
     int64_at,
     nibble_dot,
-    prefetch_row,
     uint32_at,
 )
 from sparseflow.kernels.threads import compile_kernel, team_rank, team_size
-from sparseflow.store.codes import FINE_STEPS, GROUP, ROW_GROUP_NBYTES
+from sparseflow.store.codes import FINE_STEPS, GROUP, ROW_GROUP_WORDS
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _BIAS_SLACK = 2.0**-48  # float64 scores are rounded where the bias is added
 _UNDERFLOW_SLACK = 1e-30  # products of float32 scales that round to 0; a pre-activation this near to 0 is a candidate
-_ROWS_AHEAD = 3  # fine rows asked for before they are read
+_ROWS_AHEAD = 3  # how many rows before its turn a row is asked for
 
 
 class Layer(NamedTuple):
@@ -49,12 +49,14 @@ class Layer(NamedTuple):
 class Tokens(NamedTuple):
     """What a thread knows of the tokens. Pointers, each to a block a token.
 
-    codes: int16, n_groups * GROUP. steps: float32, n_groups. squares: float64, n_groups, ||x_g||^2. coarse_offsets,
-    fine_offsets: float64, n_groups: what a plane's dither adds to a score, for each step of the row.
+    codes: int16, n_groups * GROUP. starts: int32, n_groups * LANES, the sum of -8 codes for each lane of `nibble_dot`,
+    so that a row's codes count from -8 to 7. steps: float32, n_groups. squares: float64, n_groups, ||x_g||^2.
+    coarse_offsets, fine_offsets: float64, n_groups: what a plane's dither adds to a score, for each step of the row.
     norms: float64, two: ||x||, and the bound's factor of ||w^_i||.
     """
 
     codes: Any
+    starts: Any
     steps: Any
     squares: Any
     coarse_offsets: Any
@@ -96,6 +98,15 @@ def _quantise_group(x, length, codes):
     return step, squares, residual
 
 
+@njit
+def _fill_starts(codes, starts):
+    """Of one group. codes: GROUP; starts: LANES."""
+    for lane in range(LANES):
+        starts[lane] = 0
+    for j in range(GROUP):
+        starts[j % ROW_GROUP_WORDS // 2] -= codes[j] * np.int32(FINE_STEPS // 2)
+
+
 @njit(fastmath=_FASTMATH)
 def _quantise_token(tokens, t, x, hidden, n_groups, dither, float_unit):
     """Fill a token's place in `tokens`. x: its hidden floats."""
@@ -107,13 +118,14 @@ def _quantise_token(tokens, t, x, hidden, n_groups, dither, float_unit):
         step, squares, group_residual = _quantise_group(
             advance(x, first), min(GROUP, hidden - first), advance(codes, first)
         )
+        _fill_starts(advance(codes, first), advance(tokens.starts, (t * n_groups + g) * LANES))
         plain = 0.0
         dithered = 0.0
         for j in range(GROUP):
             code = np.float64(codes[first + j])
             plain += code
             dithered += code * np.float64(dither[first + j])
-        # Codes are signed, so a coarse one stands for 16 q + 8 - u, and a fine one adds q + 1/2 to that.
+        # With codes from -8 to 7 a coarse q stands for 16 q + 8 - u, and a fine one adds q + 1/2 to that.
         tokens.coarse_offsets[t * n_groups + g] = np.float64(step) * (plain * (FINE_STEPS // 2) - dithered)
         tokens.fine_offsets[t * n_groups + g] = np.float64(step) * plain * 0.5
         tokens.steps[t * n_groups + g] = step
@@ -124,15 +136,17 @@ def _quantise_token(tokens, t, x, hidden, n_groups, dither, float_unit):
     tokens.norms[2 * t + 1] = np.sqrt(residual) + np.sqrt(total) * float_unit
 
 
-@njit(fastmath=_FASTMATH)
-def _score_and_width(plane, offsets, layer, i, tokens, t):
+@njit(fastmath=_FASTMATH, forceinline=True)
+def _score_and_width(plane, offsets, layer, i, ahead, tokens, t):
     """What a plane's row adds to neuron i's score: in units of the plane's codes, and apart from them.
 
-    Also sqrt(sum_g s_ig^2 ||x_g||^2), in fine steps.
+    Also sqrt(sum_g s_ig^2 ||x_g||^2), in fine steps. ahead: a neuron whose row will be read soon.
     """
     scales, first = advance(layer.scales, i * layer.n_groups), t * layer.n_groups
-    row, codes = advance(plane, i * layer.n_groups * ROW_GROUP_NBYTES), advance(tokens.codes, first * GROUP)
-    product = nibble_dot(row, codes, scales, advance(tokens.steps, first), layer.n_groups)
+    row_words = layer.n_groups * ROW_GROUP_WORDS
+    row, row_ahead = advance(plane, i * row_words), advance(plane, ahead * row_words)
+    codes, starts = advance(tokens.codes, first * GROUP), advance(tokens.starts, first * LANES)
+    product = nibble_dot(row, row_ahead, codes, starts, scales, advance(tokens.steps, first), layer.n_groups)
     offset = 0.0
     squares = 0.0
     for g in range(layer.n_groups):
@@ -142,7 +156,7 @@ def _score_and_width(plane, offsets, layer, i, tokens, t):
     return np.float64(product), offset, np.sqrt(squares)
 
 
-@njit(fastmath=_FASTMATH)
+@njit(fastmath=_FASTMATH, forceinline=True)
 def _bound(score, width, error_norm, layer, i, tokens, t, settings):
     """Neuron i's upper bound. width: in fine steps, times the plane's step."""
     margin = settings.factor * (width if settings.is_exact else np.float64(error_norm) * tokens.norms[2 * t])
@@ -173,17 +187,17 @@ def _coarse_pass(layer, tokens, settings, first, last, scores, bounds, found):
     """
     count = 0
     for i in range(first, last):
+        ahead = i + _ROWS_AHEAD
         is_open = False
         for t in range(tokens.n_tokens):
-            product, offset, width = _score_and_width(layer.coarse, tokens.coarse_offsets, layer, i, tokens, t)
+            product, offset, width = _score_and_width(layer.coarse, tokens.coarse_offsets, layer, i, ahead, tokens, t)
             score = np.float64(layer.bias[i]) + (product * FINE_STEPS + offset)
             bound = _bound(score, width * FINE_STEPS, layer.coarse_error_norms[i], layer, i, tokens, t, settings)
             scores[t * layer.n_neurons + i] = score
             bounds[t * layer.n_neurons + i] = _rounded(bound)
             is_open = is_open or not _is_settled(bound)
-        if is_open:
-            found[count] = i
-            count += 1
+        found[count] = i
+        count += is_open
     return count
 
 
@@ -193,31 +207,25 @@ def _fine_pass(layer, tokens, settings, scores, bounds, found, n_open, needs_all
 
     needs_all: bounds of every token are wanted, and a row counts once a token.
     """
-    row_nbytes = layer.n_groups * ROW_GROUP_NBYTES
     count = 0
     n_read = 0
-    for k in range(n_open + _ROWS_AHEAD):
-        if k < n_open:
-            prefetch_row(advance(layer.fine, np.int64(found[k]) * row_nbytes), layer.n_groups)
-        if k < _ROWS_AHEAD:
-            continue
-        i = np.int64(found[k - _ROWS_AHEAD])
+    for k in range(n_open):
+        i, ahead = np.int64(found[k]), np.int64(found[min(k + _ROWS_AHEAD, n_open - 1)])
         is_open = False
         n_scored = 0
         for t in range(tokens.n_tokens):
             place = t * layer.n_neurons + i
             if bounds[place] <= 0 or (is_open and not needs_all):
                 continue
-            product, offset, width = _score_and_width(layer.fine, tokens.fine_offsets, layer, i, tokens, t)
+            product, offset, width = _score_and_width(layer.fine, tokens.fine_offsets, layer, i, ahead, tokens, t)
             score = scores[place] + (product + offset)
             bound = _bound(score, width, layer.fine_error_norms[i], layer, i, tokens, t, settings)
             bounds[place] = _rounded(bound)
             is_open = is_open or not _is_settled(bound)
             n_scored += 1
         n_read += n_scored if needs_all else 1
-        if is_open:
-            found[count] = i
-            count += 1
+        found[count] = i
+        count += is_open
     return count, n_read
 
 
@@ -225,31 +233,32 @@ def _fine_pass(layer, tokens, settings, scores, bounds, found, n_open, needs_all
 def _score_part(block, part, n_parts):
     """Quantise the tokens, bound one part of the neurons, and list its candidates from its first neuron's place on.
 
-    block: as `bounds._run` lays it out.
+    block: as `bounds.score` lays it out.
     """
     n_neurons, n_groups, n_tokens, hidden = block[1], block[2], block[3], block[4]
     layer = Layer(
-        int8_at(block[5]), int8_at(block[6]), float32_at(block[7]), float32_at(block[8]), float32_at(block[9]),
+        int16_at(block[5]), int16_at(block[6]), float32_at(block[7]), float32_at(block[8]), float32_at(block[9]),
         float32_at(block[10]), float32_at(block[11]), n_neurons, n_groups,
     )  # fmt: skip
     places = part * n_tokens * n_groups
     tokens = Tokens(
-        advance(int16_at(block[14]), places * GROUP), advance(float32_at(block[15]), places),
-        advance(float64_at(block[16]), places), advance(float64_at(block[17]), places),
-        advance(float64_at(block[18]), places), advance(float64_at(block[19]), part * n_tokens * 2), n_tokens,
+        advance(int16_at(block[14]), places * GROUP), advance(int32_at(block[15]), places * LANES),
+        advance(float32_at(block[16]), places), advance(float64_at(block[17]), places),
+        advance(float64_at(block[18]), places), advance(float64_at(block[19]), places),
+        advance(float64_at(block[20]), part * n_tokens * 2), n_tokens,
     )  # fmt: skip
-    numbers = float64_at(block[20])
+    numbers = float64_at(block[21])
     settings = Settings(numbers[0] != 0, numbers[1], numbers[2], numbers[3])
-    scores, bounds, counts = float64_at(block[21]), float32_at(block[22]), int64_at(block[24])
+    scores, bounds, counts = float64_at(block[22]), float32_at(block[23]), int64_at(block[25])
     for t in range(n_tokens):
         x = advance(float32_at(block[13]), t * hidden)
         _quantise_token(tokens, t, x, hidden, n_groups, float32_at(block[12]), numbers[4])
     first, last = n_neurons * part // n_parts, n_neurons * (part + 1) // n_parts
-    found = advance(uint32_at(block[23]), first)
+    found = advance(uint32_at(block[24]), first)
     count = _coarse_pass(layer, tokens, settings, first, last, scores, bounds, found)
     n_read = 0
     if settings.planes > 1:
-        count, n_read = _fine_pass(layer, tokens, settings, scores, bounds, found, count, block[25] != 0)
+        count, n_read = _fine_pass(layer, tokens, settings, scores, bounds, found, count, block[26] != 0)
     counts[2 * part], counts[2 * part + 1] = count, n_read
 
 

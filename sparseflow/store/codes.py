@@ -10,13 +10,15 @@ The upper four bits of q are the coarse plane. As u_j is even on 16 steps, the c
 steps of 16 s_ig: q // 16 stands for s_ig * (16 * (q // 16) + 8 - u_j). The step s_ig is the largest |w_ij| of the group
 over 120, which with a dither of 8 is 128: no code is ever clipped.
 
-A group of a row in a plane, 64 bytes, each with two codes, signed and so from -8 to 7:
+A group of a row in a plane, 32 words of 16 bits, each with four codes from 0 to 15:
 
-    byte            0          1              63
-    bits 0-3     column 0   column 1  ...  column 63
-    bits 4-7     column 64  column 65 ...  column 127
+    word            0          1              31
+    bits 0-3     column 0   column 1  ...  column 31
+    bits 4-7     column 32  column 33 ...  column 63
+    bits 8-11    column 64  column 65 ...  column 95
+    bits 12-15   column 96  column 97 ...  column 127
 
-coarse holds q // 16, fine q % 16 - 8. Columns from hidden on have dither 0 and stand for nothing.
+coarse holds q // 16 + 8, fine q % 16. Columns from hidden on have dither 0 and stand for nothing.
 """
 
 from collections.abc import Iterator
@@ -30,7 +32,8 @@ from sparseflow.store.shard_format import TensorSpec
 # Columns that share a step. scripts/bench/NOTES.md compares planes and groups by bytes per token; kernels rely on 128
 # for the packing above, and for sums that int32 holds.
 GROUP = 128
-ROW_GROUP_NBYTES = GROUP // 2  # of a group of a row, in each plane
+CODES_PER_WORD = 4
+ROW_GROUP_WORDS = GROUP // CODES_PER_WORD  # of a group of a row, in each plane: a cache line
 FINE_STEPS = 16  # fine steps in a coarse step
 STEP_LIMIT = 120  # the largest weight of a group, in steps
 DITHER_SEED = 20231109
@@ -47,13 +50,13 @@ _SHORTEST = STEP_LIMIT - FINE_STEPS // 2
 class Codes(NamedTuple):
     """Some rows of a layer; n_groups = group_count(hidden).
 
-    coarse, fine: (n, n_groups * ROW_GROUP_NBYTES) int8, two codes a byte. scales: (n, n_groups) float32, fine steps.
+    coarse, fine: (n, n_groups * ROW_GROUP_WORDS) int16, four codes a word. scales: (n, n_groups) float32, fine steps.
     norms: (n,) float32, ||w^_i|| or more, at either plane. coarse_error_norms, fine_error_norms: (n,) float32,
     ||w_i - w^_i|| or more.
     """
 
-    coarse: NDArray[np.int8]
-    fine: NDArray[np.int8]
+    coarse: NDArray[np.int16]
+    fine: NDArray[np.int16]
     scales: NDArray[np.float32]
     norms: NDArray[np.float32]
     coarse_error_norms: NDArray[np.float32]
@@ -70,8 +73,8 @@ def code_specs(ffn_dim: int, hidden: int) -> list[TensorSpec]:
     n_groups = group_count(hidden)
     return [
         TensorSpec("dither", "F32", (n_groups * GROUP,)),
-        TensorSpec("coarse", "I8", (ffn_dim, n_groups * ROW_GROUP_NBYTES)),
-        TensorSpec("fine", "I8", (ffn_dim, n_groups * ROW_GROUP_NBYTES)),
+        TensorSpec("coarse", "I16", (ffn_dim, n_groups * ROW_GROUP_WORDS)),
+        TensorSpec("fine", "I16", (ffn_dim, n_groups * ROW_GROUP_WORDS)),
         TensorSpec("scales", "F32", (ffn_dim, n_groups)),
         TensorSpec("norms", "F32", (ffn_dim,)),
         TensorSpec("coarse_error_norms", "F32", (ffn_dim,)),
@@ -113,8 +116,8 @@ def code_rows(weight: NDArray[np.float64], dither: NDArray[np.float32]) -> Codes
     fine_rows = steps * (codes + 0.5 - offset) * inside
     lengths = np.maximum(_squares(coarse_rows), _squares(fine_rows))
     return Codes(
-        _pack(coarse),
-        _pack(codes - FINE_STEPS * coarse - FINE_STEPS / 2),
+        _pack(coarse + FINE_STEPS / 2),
+        _pack(codes - FINE_STEPS * coarse),
         scales,
         _norm_above(np.maximum(lengths, (_SHORTEST * steps[:, :, 0]) ** 2)),
         _norm_above(_squares(grouped - coarse_rows)),
@@ -131,11 +134,11 @@ def code_layer(weight: NDArray[np.generic], dither: NDArray[np.float32]) -> Iter
         yield code_rows(weight[start : start + _ROWS_AT_ONCE].astype(np.float64), dither)
 
 
-def _pack(codes: NDArray[np.float64]) -> NDArray[np.int8]:
-    """(n, n_groups, GROUP) whole numbers from -8 to 7 -> (n, n_groups * ROW_GROUP_NBYTES) int8."""
-    nibbles = codes.astype(np.int8).view(np.uint8)
-    packed = (nibbles[:, :, :ROW_GROUP_NBYTES] & 15) | (nibbles[:, :, ROW_GROUP_NBYTES:] << 4)
-    return packed.view(np.int8).reshape(len(codes), -1)
+def _pack(codes: NDArray[np.float64]) -> NDArray[np.int16]:
+    """(n, n_groups, GROUP) whole numbers from 0 to 15 -> (n, n_groups * ROW_GROUP_WORDS) int16."""
+    quarters = codes.astype(np.uint16).reshape(len(codes), -1, CODES_PER_WORD, ROW_GROUP_WORDS)
+    packed = quarters[:, :, 0] | quarters[:, :, 1] << 4 | quarters[:, :, 2] << 8 | quarters[:, :, 3] << 12
+    return packed.view(np.int16).reshape(len(codes), -1)
 
 
 def _squares(rows: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -36,13 +36,13 @@ from sparseflow.errors import DiskError, ShardCorrupt
 ALIGNMENT_NBYTES = 4096
 HEADER_LIMIT_NBYTES = 16 << 20  # far above any header of ours; a larger one is not read into memory
 
-ELEMENT_NBYTES: Mapping[str, int] = {"F16": 2, "BF16": 2, "F32": 4, "U64": 8, "I8": 1}
+ELEMENT_NBYTES: Mapping[str, int] = {"F16": 2, "BF16": 2, "F32": 4, "U64": 8, "I8": 1, "I16": 2}
 DTYPE_CODES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor in a file: `dtype` is safetensors' code (F16, BF16, F32, U64, I8)."""
+    """A tensor in a file: `dtype` is safetensors' code (F16, BF16, F32, U64, I8, I16)."""
 
     name: str
     dtype: str

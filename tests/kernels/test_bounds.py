@@ -224,7 +224,7 @@ def test_fine_plane_is_read_only_of_neurons_that_the_coarse_one_leaves_open(
     settled = ~is_open.any(0)
     assert 0 < int(settled.sum()) < 500
     damaged = rows.fine.clone()
-    damaged[settled] = torch.randint(-128, 128, damaged.shape, dtype=torch.int8)[settled]
+    damaged[settled] = torch.randint(-(2**15), 2**15, damaged.shape, dtype=torch.int16)[settled]
     assert find(rows._replace(fine=damaged), x, margin).tolist() == find(rows, x, margin).tolist()
 
 

@@ -11,7 +11,7 @@ from sparseflow.store.codes import (
     DITHER_UNIT,
     FINE_STEPS,
     GROUP,
-    ROW_GROUP_NBYTES,
+    ROW_GROUP_WORDS,
     STEP_LIMIT,
     Codes,
     code_layer,
@@ -80,11 +80,11 @@ def coded(rng: np.random.Generator, weight: Floats) -> tuple[Codes, Floats]:
     return code_rows(weight, dither), dither.astype(np.float64)
 
 
-def unpacked(plane: NDArray[np.int8]) -> Floats:
-    """(n, n_groups * GROUP), from -8 to 7: byte j of a group holds column j below, column j + GROUP / 2 above."""
-    packed = plane.view(np.uint8).reshape(len(plane), -1, ROW_GROUP_NBYTES).astype(np.int64)
-    nibbles = np.concatenate((packed % 16, packed // 16), axis=2).reshape(len(plane), -1)
-    return np.where(nibbles < 8, nibbles, nibbles - 16).astype(np.float64)
+def unpacked(plane: NDArray[np.int16]) -> Floats:
+    """(n, n_groups * GROUP), from 0 to 15: word j of a group holds column j lowest, then column j + GROUP / 4, ..."""
+    packed = plane.view(np.uint16).reshape(len(plane), -1, ROW_GROUP_WORDS).astype(np.int64)
+    nibbles = [packed // 16**place % 16 for place in range(4)]
+    return np.concatenate(nibbles, axis=2).reshape(len(plane), -1).astype(np.float64)
 
 
 def steps_of(codes: Codes) -> Floats:
@@ -94,7 +94,7 @@ def steps_of(codes: Codes) -> Floats:
 
 def decoded(codes: Codes, dither: Floats, hidden: int) -> tuple[Floats, Floats]:
     """(n, hidden) each: the rows that the coarse codes stand for, and those that both planes do."""
-    upper, lower, steps = unpacked(codes.coarse), unpacked(codes.fine) + 8, steps_of(codes)
+    upper, lower, steps = unpacked(codes.coarse) - 8, unpacked(codes.fine), steps_of(codes)
     coarse = steps * (16 * upper + 8 - dither)
     fine = steps * (16 * upper + lower + 0.5 - dither)
     return coarse[:, :hidden], fine[:, :hidden]
@@ -118,7 +118,7 @@ def norms(rows: Floats) -> NDArray[np.longdouble]:
 
 @all_sizes
 def test_tensors_are_those_of_the_file_specs(rng: np.random.Generator, hidden: int) -> None:
-    numpy_dtype = {"I8": np.int8, "F32": np.float32}
+    numpy_dtype = {"I16": np.int16, "F32": np.float32}
     codes, _ = coded(rng, normal(rng, 9, hidden))
     tensors = {"dither": draw_dither(hidden, rng)} | codes._asdict()
     specs = code_specs(9, hidden)
@@ -135,14 +135,14 @@ def test_groups_cover_the_row(hidden: int, expected: int) -> None:
     assert group_count(hidden) == expected
 
 
-def test_bytes_are_as_drawn() -> None:
+def test_words_are_as_drawn() -> None:
     """Weights of whole steps, without dither: q is the weight, its upper half goes to coarse, its lower to fine."""
     weight = np.zeros((1, GROUP))
-    weight[0, [0, 1, 64, 65]] = STEP_LIMIT, -1, 5, -STEP_LIMIT  # makes the step 1
+    weight[0, [0, 1, 32, 64, 65, 97]] = STEP_LIMIT, -1, 17, 5, -STEP_LIMIT, 37  # makes the step 1
     codes = code_rows(weight, np.zeros(GROUP, np.float32))
     assert codes.scales.tolist() == [[1.0]]
-    assert codes.coarse.view(np.uint8)[0, :3].tolist() == [0x07, 0x8F, 0x00]  # 7 | 0, -1 | -8
-    assert codes.fine.view(np.uint8)[0, :3].tolist() == [0xD0, 0x07, 0x88]  # 8 - 8 | 5 - 8, 15 - 8 | 8 - 8
+    assert codes.coarse.view(np.uint16)[0, :3].tolist() == [0x889F, 0xA087, 0x8888]
+    assert codes.fine.view(np.uint16)[0, :3].tolist() == [0x0518, 0x580F, 0x0000]
 
 
 @all_weights

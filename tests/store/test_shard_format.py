@@ -161,6 +161,7 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "I8": torch.int8,
+    "I16": torch.int16,
     "U64": torch.uint64,
 }
 
