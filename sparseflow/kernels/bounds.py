@@ -17,6 +17,7 @@ not settled; d is halved between the two. A neuron whose last bound is not <= 0 
 """
 
 import enum
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -121,25 +122,25 @@ def score(
     n_neurons, n_groups = rows.scales.shape
     n_tokens, hidden = x.shape
     n_parts = torch.get_num_threads()
-    of_tokens = (n_parts, n_tokens, n_groups)
-    x_codes = torch.empty(*of_tokens, GROUP, dtype=torch.int16)
-    x_starts = torch.empty(*of_tokens, LANES, dtype=torch.int32)
-    x_steps = torch.empty(of_tokens)
-    x_sums = torch.empty(3, *of_tokens, dtype=torch.float64)  # squares, coarse offsets, fine offsets
-    x_norms = torch.empty(n_parts, n_tokens, 2, dtype=torch.float64)
     float_unit = (n_groups + 24) * 2.0**-22  # products and sums of n_groups terms in 16 lanes, 2.5 ||w^|| ||x|| large
     factor = _factor(margin, failure_probability, hidden)
-    settings = torch.tensor([margin, factor, threshold, planes, float_unit], dtype=torch.float64)
-    scores, bounds = torch.empty(n_tokens, n_neurons, dtype=torch.float64), torch.empty(n_tokens, n_neurons)
-    ids, counts = torch.empty(n_neurons, dtype=torch.uint32), torch.zeros(n_parts, 2, dtype=torch.int64)
-    memory = (  # torch gives an address in a tenth of the time that numpy takes
-        *(rows.coarse, rows.fine, rows.scales, rows.bias, rows.norms, rows.coarse_error_norms, rows.fine_error_norms),
-        *(rows.dither, x, x_codes, x_starts, x_steps, *x_sums, x_norms, settings, scores, bounds, ids, counts),
+    settings = np.array([margin, factor, threshold, planes, float_unit])
+    bounds = torch.empty(n_tokens, n_neurons)
+    ids, counts = np.empty(n_neurons, np.uint32), np.zeros((n_parts, 2), np.int64)
+    n_places = n_parts * n_tokens * n_groups
+    sizes = (2 * GROUP * n_places, 4 * LANES * n_places, *[8 * n_places] * 4, 16 * n_parts * n_tokens)
+    scratch = np.empty(sum(sizes) + 8 * n_tokens * n_neurons, np.uint8)
+    block = (
+        *(n_parts, n_neurons, n_groups, n_tokens, hidden),
+        *(rows.coarse.data_ptr(), rows.fine.data_ptr(), rows.scales.data_ptr(), rows.bias.data_ptr()),
+        *(rows.norms.data_ptr(), rows.coarse_error_norms.data_ptr(), rows.fine_error_norms.data_ptr()),
+        *(rows.dither.data_ptr(), x.data_ptr(), settings.ctypes.data, bounds.data_ptr()),
+        *(ids.ctypes.data, counts.ctypes.data, needs_all),
+        # For the kernel's own use: the fields of `scoring.Tokens`, one after the other, and the scores.
+        *itertools.accumulate(sizes, initial=scratch.ctypes.data),
     )
-    sizes = (n_parts, n_neurons, n_groups, n_tokens, hidden)
-    block = np.array([*sizes, *(tensor.data_ptr() for tensor in memory), needs_all], np.int64)
-    threads.run(scoring.kernel(), block, n_parts)
-    found = [ids.numpy()[n_neurons * part // n_parts :][:count] for part, count in enumerate(counts[:, 0].tolist())]
+    threads.run(scoring.kernel(), np.array(block, np.int64), n_parts)
+    found = [ids[n_neurons * part // n_parts :][: counts[part, 0]] for part in range(n_parts)]
     return Scored(np.concatenate(found), bounds, int(counts[:, 1].sum()))
 
 

@@ -162,8 +162,8 @@ def nibble_dot(
 ) -> Any:
     """sum over g of code_scales[g] * x_scales[g] * (codes of group g . x of group g), GROUP elements a group.
 
-    codes: int16*, a row of a plane as `store.codes` packs it. ahead: int16*, a row that is asked for meanwhile. x: int16*.
-    starts: int32*, LANES a group, added to the product of codes and x; lane l sums columns 2 l and 2 l + 1 of each
+    codes: int16*, a row of a plane as `store.codes` packs it. ahead: int16*, a row asked for meanwhile. x: int16*.
+    starts: int32*, LANES a group, added to the product of codes and x: lane l sums columns 2 l and 2 l + 1 of each
     ROW_GROUP_WORDS. Both scales: float32*, n_groups: intp. Written as vectors because LLVM does not find this shape by
     itself (from a scalar loop it made code a quarter as fast): exact in int32 within a group; the groups add up in
     float32 lanes.

@@ -102,9 +102,10 @@ def _quantise_group(x, length, codes):
 def _fill_starts(codes, starts):
     """Of one group. codes: GROUP; starts: LANES."""
     for lane in range(LANES):
-        starts[lane] = 0
-    for j in range(GROUP):
-        starts[j % ROW_GROUP_WORDS // 2] -= codes[j] * np.int32(FINE_STEPS // 2)
+        total = np.int32(0)
+        for j in range(2 * lane, GROUP, ROW_GROUP_WORDS):
+            total += np.int32(codes[j]) + np.int32(codes[j + 1])
+        starts[lane] = -np.int32(FINE_STEPS // 2) * total
 
 
 @njit(fastmath=_FASTMATH)
@@ -242,23 +243,23 @@ def _score_part(block, part, n_parts):
     )  # fmt: skip
     places = part * n_tokens * n_groups
     tokens = Tokens(
-        advance(int16_at(block[14]), places * GROUP), advance(int32_at(block[15]), places * LANES),
-        advance(float32_at(block[16]), places), advance(float64_at(block[17]), places),
-        advance(float64_at(block[18]), places), advance(float64_at(block[19]), places),
-        advance(float64_at(block[20]), part * n_tokens * 2), n_tokens,
+        advance(int16_at(block[19]), places * GROUP), advance(int32_at(block[20]), places * LANES),
+        advance(float32_at(block[21]), places), advance(float64_at(block[22]), places),
+        advance(float64_at(block[23]), places), advance(float64_at(block[24]), places),
+        advance(float64_at(block[25]), part * n_tokens * 2), n_tokens,
     )  # fmt: skip
-    numbers = float64_at(block[21])
+    numbers = float64_at(block[14])
     settings = Settings(numbers[0] != 0, numbers[1], numbers[2], numbers[3])
-    scores, bounds, counts = float64_at(block[22]), float32_at(block[23]), int64_at(block[25])
+    scores, bounds, counts = float64_at(block[26]), float32_at(block[15]), int64_at(block[17])
     for t in range(n_tokens):
         x = advance(float32_at(block[13]), t * hidden)
         _quantise_token(tokens, t, x, hidden, n_groups, float32_at(block[12]), numbers[4])
     first, last = n_neurons * part // n_parts, n_neurons * (part + 1) // n_parts
-    found = advance(uint32_at(block[24]), first)
+    found = advance(uint32_at(block[16]), first)
     count = _coarse_pass(layer, tokens, settings, first, last, scores, bounds, found)
     n_read = 0
     if settings.planes > 1:
-        count, n_read = _fine_pass(layer, tokens, settings, scores, bounds, found, count, block[26] != 0)
+        count, n_read = _fine_pass(layer, tokens, settings, scores, bounds, found, count, block[18] != 0)
     counts[2 * part], counts[2 * part + 1] = count, n_read
 
 
