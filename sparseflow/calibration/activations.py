@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
-from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
-from sparseflow.orchestration.neuron_predictor import fc1_biases
+from sparseflow.orchestration.layer_mlp import LayerMlp
 
 if TYPE_CHECKING:
     from sparseflow.models.opt_sparse import SparseOPTForCausalLM
@@ -26,11 +24,12 @@ _TOKENS_AT_ONCE = 2048
 
 
 class _Watcher:
-    """Stands where the coordinator does: lets the dense layer compute, and keeps what entered its MLP."""
+    """Stands where the coordinator does: computes one layer dense, in float32, and keeps what it saw."""
 
-    def __init__(self, model: "SparseOPTForCausalLM") -> None:
-        self._coordinator = model.coordinator
+    def __init__(self, mlp: LayerMlp) -> None:
+        self._mlp = mlp
         self.x = torch.empty(0)
+        self.fires = torch.empty(0, dtype=torch.bool)
 
     def hint(self, layer: int, hidden: Tensor) -> None:
         """Nothing to foresee."""
@@ -38,7 +37,9 @@ class _Watcher:
     def mlp(self, layer: int, x: Tensor, hidden: Tensor, *, decoding: bool) -> Tensor:
         """As `TransferCoordinator.mlp`."""
         self.x = x
-        return self._coordinator.mlp(layer, x, hidden, decoding=decoding)
+        before = self._mlp.pre_activations(x.float())
+        self.fires = before > 0
+        return self._mlp.output(before.relu_()).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,31 +90,19 @@ def run_layer(
     stream = open_stream(before, model)
     n_tokens, hidden = stream.shape
     written, x = _create(after, model, n_tokens), _create(inputs, model, n_tokens)
-    weight, bias = fc1_weight(model.source, layer), fc1_biases(model.source)[layer]
-    is_active = np.empty((n_tokens, -(-len(bias) // 8)), np.uint8)
-    module.coordinator = watcher = _Watcher(model)
+    mlp = LayerMlp.fetch(model.source, layer, module.fc1.bias, module.fc2.bias)
+    is_active = np.empty((n_tokens, -(-len(mlp.fc1_bias) // 8)), np.uint8)
+    module.coordinator = watcher = _Watcher(mlp)
     try:
         for start in tqdm(range(0, n_tokens, _at_once(window)), desc=f"layer {layer}: run", disable=quiet, leave=False):
             rows = slice(start, start + _at_once(window))
             output = module(stream[rows].view(-1, window, hidden), attention_mask=None)
             written[rows] = output.flatten(0, 1)
             x[rows] = watcher.x
-            fires = functional.linear(watcher.x.float(), weight, bias) > 0
-            is_active[rows] = np.packbits(fires.numpy(), axis=1)
+            is_active[rows] = np.packbits(watcher.fires.numpy(), axis=1)
     finally:
         module.coordinator = model.coordinator
-    return LayerActivity(x, is_active, weight, bias)
-
-
-def fc1_weight(source: WeightSource, layer: int) -> Tensor:
-    """(ffn_dim, hidden) float32, from the bundles."""
-    ids = np.arange(source.profile.ffn_dimension, dtype=np.uint32)
-    parts = []
-    for start in range(0, len(ids), source.fetch_limit):
-        with source.fetch(layer, ids[start : start + source.fetch_limit]) as fetch:
-            bundles = fetch.wait(FETCH_TIMEOUT_S)
-            parts.append(bundles.base[torch.from_numpy(bundles.slots.astype(np.int64)), 0].float())
-    return torch.cat(parts)
+    return LayerActivity(x, is_active, mlp.weights[0], mlp.fc1_bias)
 
 
 def open_stream(path: Path, model: "SparseOPTForCausalLM") -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.weight_source import WeightSource
-from sparseflow.evaluation.layer_mlp import LayerMlp
+from sparseflow.orchestration.layer_mlp import LayerMlp
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor
 from sparseflow.orchestration.transfer_coordinator import LayerBiases
 
