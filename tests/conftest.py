@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks the hub
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is: tests run side by side; those of threads ask for theirs
 
 import opt_family
 import pytest

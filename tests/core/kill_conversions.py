@@ -135,6 +135,7 @@ def finish(job: Conversion, reference: dict[str, str], record: dict[str, Any]) -
 def main() -> None:
     torch.set_num_threads(1)
     checkpoint, work, mode, *arguments = sys.argv[1:]
+    Conversion(Path(checkpoint), Path(work) / "first").run()  # takes longer than those that follow
     whole = Conversion(Path(checkpoint), Path(work) / "whole")
     started = time.monotonic()
     whole.run()
@@ -157,7 +158,7 @@ def main() -> None:
         killed = False
         for moment_s in moments:
             if not job.store.exists():
-                killed = job.run(kill_after_s=moment_s)
+                killed = job.run(kill_after_s=moment_s) or killed
         print(json.dumps(finish(job, reference, {"moment": moments, "killed": killed})), flush=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from dense_reference import DenseIds, greedy_ids
+from forked_program import start_server
 from processes import RUNTIME_DIR, Host
 
 sys.path.append(str(Path(__file__).parents[1] / "engine"))  # shards
@@ -28,8 +29,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Started before any test's variables are set: what runs in a test's runtime directory must not outlive the test."""
+    start_server()
+
+
 @pytest.fixture
-def host(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+def host(
+    fork_server: None, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Host]:
     """Servers and clients of one test. Nothing may be left of them, and servers that still run must be well."""
     runtime_dir = Path(tempfile.mkdtemp(prefix="sf-"))  # mode 0700, and short enough for sockets
     monkeypatch.setenv(RUNTIME_DIR, str(runtime_dir))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from forked_program import ForkedProgram
 
 import sparseflow
 from sparseflow.errors import ServerError
@@ -43,18 +44,9 @@ def until(found: Callable[[], T], timeout_s: float = DEADLINE_S, pause_s: float 
 class OwnProcess:
     """A process of a test, with a file for what it complains of."""
 
-    def __init__(self, command: Sequence[object], log: Path, *, is_heard: bool, **variables: str) -> None:
-        path = os.pathsep.join([*map(str, _SEARCHED), os.environ.get("PYTHONPATH", "")])
-        self._log = log
-        with open(log, "wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                stdin=subprocess.PIPE if is_heard else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if is_heard else output,
-                stderr=output,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables,
-            )
-        self.pid = self._process.pid
+    def __init__(self, process: "subprocess.Popen[bytes] | ForkedProgram", log: Path) -> None:
+        self._process, self._log = process, log
+        self.pid = process.pid
 
     @property
     def exit_code(self) -> int | None:
@@ -98,7 +90,14 @@ class ServerProcess(OwnProcess):
         **variables: str,
     ) -> None:  # fmt: skip
         words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
-        super().__init__([*program, *stores, "--name", name, *words], log, is_heard=False, **variables)
+        command = [sys.executable, *program, *stores, "--name", name, *words]
+        path = os.pathsep.join([*map(str, _SEARCHED), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                [*map(str, command)], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+            )
+        super().__init__(process, log)
         self.name = name
 
     @property
@@ -139,14 +138,15 @@ class ClientProcess(OwnProcess):
     """A program that tells what it does and waits to be told to go on, by `telling.py` on its side."""
 
     def __init__(self, log: Path, program: str, values: Mapping[str, Any]) -> None:
-        super().__init__(["-c", program, json.dumps(values)], log, is_heard=True)
+        process = ForkedProgram(program, [json.dumps(values)], log, os.environ, [*map(str, _SEARCHED)])
+        super().__init__(process, log)
+        self._stdin, self._stdout = process.stdin, process.stdout
         self._heard = b""
 
     def hear(self, timeout_s: float = DEADLINE_S) -> Any:
         """The next thing that it tells."""
         deadline = time.monotonic() + timeout_s
-        pipe = self._process.stdout
-        assert pipe is not None  # it is heard
+        pipe = self._stdout
         while b"\n" not in self._heard:
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"nothing was told within {timeout_s:g} s\n{self._where()}"
@@ -164,10 +164,7 @@ class ClientProcess(OwnProcess):
 
     def say(self, what: Any = None) -> None:
         """Tell it to go on."""
-        pipe = self._process.stdin
-        assert pipe is not None  # it hears
-        pipe.write(json.dumps(what).encode() + b"\n")
-        pipe.flush()
+        self._stdin.write(json.dumps(what).encode() + b"\n")
 
     def finish(self, timeout_s: float = DEADLINE_S) -> None:
         """Let it run to its end, which is a good one."""
@@ -177,10 +174,8 @@ class ClientProcess(OwnProcess):
     def let_go(self) -> None:
         """Kill it, if it lives, and close the pipes."""
         self.signal(signal.SIGKILL)
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
+        for pipe in (self._stdin, self._stdout):
+            pipe.close()
         self.wait()
 
 
@@ -249,10 +244,12 @@ class Host:
         assert server.end() == 0, server.log()
 
     def _processes(self) -> list[psutil.Process]:
-        """All that were started for this runtime directory, by whomever."""
+        """All that were started for this runtime directory, by whomever, and what clients have begun."""
+        groups = {client.pid for client in self.clients}
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if process.pid != os.getpid() and process.environ().get(RUNTIME_DIR) == str(self.runtime_dir):
+                is_ours = process.environ().get(RUNTIME_DIR) == str(self.runtime_dir)
+                if process.pid != os.getpid() and (is_ours or os.getpgid(process.pid) in groups):
                     found.append(process)
         return found
