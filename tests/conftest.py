@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is: tests run side by sid
 
 import opt_family
 import pytest
+from filelock import FileLock
 
 import sparseflow
 
@@ -68,7 +69,14 @@ def calibrated_demo_store(tmp_path_factory: pytest.TempPathFactory, demo_model: 
     from sparseflow.core.checkpoint import Checkpoint
     from sparseflow.core.converter import convert
 
-    store = convert(Checkpoint(demo_model), tmp_path_factory.mktemp("calibrated") / "demo", quiet=True)
-    settings = CalibrationSettings(tokens=6144, epochs=1, keeps_all=True)
-    calibrate(store, [demo_model / "calibration.txt"], settings)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder in that of the run
+        folder = folder.parent
+    store, done = folder / "calibrated-demo", folder / "calibrated-demo.done"
+    with FileLock(folder / "calibrated-demo.lock", timeout=600):
+        if not done.exists():
+            convert(Checkpoint(demo_model), store, quiet=True)
+            settings = CalibrationSettings(tokens=6144, epochs=1, keeps_all=True)
+            calibrate(store, [demo_model / "calibration.txt"], settings)
+            done.touch()
     return store

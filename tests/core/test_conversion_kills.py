@@ -53,7 +53,7 @@ def check_kills_at_random_moments(checkpoint: Path, work: Path, n_rounds: int) -
 
 
 def test_killed_at_random_moments(large_checkpoint: Path, tmp_path: Path) -> None:
-    check_kills_at_random_moments(large_checkpoint, tmp_path / "work", n_rounds=8)
+    check_kills_at_random_moments(large_checkpoint, tmp_path / "work", n_rounds=6)
 
 
 @pytest.mark.slow

@@ -32,4 +32,4 @@ def test_live_recall_agrees_with_evaluation_within_its_error(
     assert samples > 1000
     assert 0 < error < 0.01
     assert live < 1
-    assert abs(live - evaluated["recall"]) < 3 * error
+    assert abs(live - evaluated["recall"]) < 4 * error

@@ -31,7 +31,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(scope="session")
 def fork_server() -> None:
-    """Started before any test's variables are set: what runs in a test's runtime directory must not outlive the test."""
+    """Started before any test's variables are set, or it would count as left by that test."""
     start_server()
 
 

@@ -95,7 +95,7 @@ def _run(program: str, arguments: list[str], fds: list[int], environment: dict[s
         os.dup2(fd, number)
         os.close(fd)
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, buffering=1, closefd=False) for number, mode in enumerate(("r", "w", "w"))
+        os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate(("r", "w", "w"))
     )
     os.environ.clear()
     os.environ.update(environment)
