@@ -53,7 +53,7 @@ def test_training_improves_on_the_guess_it_starts_from(activity: LayerActivity) 
     moments.add(activity.x[:N_TRAINING], activity.x[:N_TRAINING])
     guess = moments.fit(activity.weight, activity.bias)
     start = guess.predictor(4)
-    trained = train(start, guess.spread(4), activity, N_TRAINING, 10, 0, quiet=True)
+    trained = train(start, guess.spread(4), activity, N_TRAINING, 30, 0, quiet=True)
     assert trained.rank == 4
     assert candidate_share(trained, activity, 0.95) < candidate_share(start, activity, 0.95)
 
