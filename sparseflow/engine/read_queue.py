@@ -44,7 +44,7 @@ IOVEC = np.dtype([("address", "<u8"), ("nbytes", "<u8")])
 READ_VECTOR = 7  # IOCB_CMD_PREADV
 MOST_IOVECS = 1024  # IOV_MAX
 
-_MAPPED_AROUND_NBYTES = 64 << 10  # the kernel maps what it has cached of these bytes around a page that is touched
+_MAPPED_AROUND_NBYTES = 2 << 20  # what one page table holds: a page that is touched may bring its cached neighbours
 _CLOSE_TIMEOUT_S = 60.0
 _EVENT_FD_FLAG = 1  # IOCB_FLAG_RESFD
 _EVENT = np.dtype([("token", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("result2", "<i8")])
@@ -268,9 +268,10 @@ def copy_from(addresses: dict[int, tuple[int, int]]) -> Callable[[Any], int]:
             n = min(nbytes, max(0, size - start))
             ctypes.memmove(address, base + start, n)
             done += n
-        first = int(read["offset"]) & -_MAPPED_AROUND_NBYTES
-        last = min(size, -(-(int(read["offset"]) + done) // _MAPPED_AROUND_NBYTES) * _MAPPED_AROUND_NBYTES)
-        _libc.madvise(base + first, last - first, mmap.MADV_DONTNEED)  # else what was copied counts twice
+        start = base + int(read["offset"])
+        first = max(base, start & -_MAPPED_AROUND_NBYTES)
+        last = min(base + size, -(-(start + done) // _MAPPED_AROUND_NBYTES) * _MAPPED_AROUND_NBYTES)
+        _libc.madvise(first, last - first, mmap.MADV_DONTNEED)  # else what was copied counts twice
         return done
 
     return perform

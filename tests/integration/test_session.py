@@ -7,7 +7,6 @@ import math
 import mmap
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,7 +115,7 @@ def test_thirty_sessions_leave_nothing_behind(host: Host, family_store: Callable
             client.say()
             client.hear()
         until(lambda: server.status()["sessions"] == [])
-        counts.append((client.count(), settled_count(server), n_maps(client.pid), n_maps(server.pid)))
+        counts.append((client.count(), server.settled_count(), n_maps(client.pid), n_maps(server.pid)))
     for ours, theirs, _, _ in counts[2:]:
         assert ours == counts[2][0]
         assert theirs == counts[2][1]
@@ -124,17 +123,6 @@ def test_thirty_sessions_leave_nothing_behind(host: Host, family_store: Callable
         assert counts[-1][place] <= counts[2][place] + 8
     client.say()
     client.finish()
-
-
-def settled_count(server: ServerProcess) -> dict[str, int]:
-    """What it has open once that stays: a connection that was closed goes a moment later here."""
-
-    def stays() -> dict[str, int] | None:
-        count = server.count()
-        time.sleep(0.05)
-        return count if server.count() == count else None
-
-    return until(stays)
 
 
 def n_maps(pid: int) -> int:
@@ -179,7 +167,7 @@ def test_threads_that_end_leave_nothing_open(server: ServerProcess) -> None:
             thread = threading.Thread(target=work)
             thread.start()
             thread.join(60)
-            n_fds.append((len(os.listdir("/proc/self/fd")), settled_count(server)["fds"]))
+            n_fds.append((len(os.listdir("/proc/self/fd")), server.settled_count()["fds"]))
         assert n_fds[-1] == n_fds[1]
 
 
