@@ -1,6 +1,6 @@
 """Kill conversions, look at what they leave, finish them. Run by test_conversion_kills.py in a process of its own.
 
-    kill_conversions.py CHECKPOINT WORK moments N SEED     N rounds, each with one or two kills at random moments
+    kill_conversions.py CHECKPOINT WORK moments N SEED     rounds with one or two kills at random moments, until N were hit
     kill_conversions.py CHECKPOINT WORK steps              a kill before each change a conversion makes to the disk
 
 Prints one JSON object a round. torch and transformers are imported once; each conversion runs in a forked child.
@@ -152,14 +152,21 @@ def main() -> None:
             number += 1
         return
     draw = random.Random(int(arguments[1]))
-    for number in range(int(arguments[0])):
+    n_to_kill = int(arguments[0])
+    for number in range(4 * n_to_kill):
         job = Conversion(Path(checkpoint), Path(work) / str(number))
-        moments = [draw.uniform(0, duration_s) for _ in range(1 + number % 2)]
+        moments = []
         killed = False
-        for moment_s in moments:
-            if not job.store.exists():
-                killed = job.run(kill_after_s=moment_s) or killed
+        while len(moments) < 1 + number % 2 and not job.store.exists():
+            moments.append(draw.uniform(0, duration_s))
+            was_hit = job.run(kill_after_s=moments[-1])
+            if not (was_hit or killed):
+                duration_s = moments[-1]  # so little is enough: the first one ran on a busier machine
+            killed = killed or was_hit
         print(json.dumps(finish(job, reference, {"moment": moments, "killed": killed})), flush=True)
+        n_to_kill -= killed
+        if n_to_kill == 0:
+            return
 
 
 if __name__ == "__main__":

@@ -43,22 +43,21 @@ def rounds(checkpoint: Path, work: Path, *arguments: object, timeout_s: float) -
     return records
 
 
-def check_kills_at_random_moments(checkpoint: Path, work: Path, n_rounds: int) -> None:
+def check_kills_at_random_moments(checkpoint: Path, work: Path, n_kills: int) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    records = rounds(checkpoint, work, "moments", n_rounds, seed, timeout_s=30 + 15 * n_rounds)
-    assert len(records) == n_rounds
-    assert sum(record["killed"] for record in records) >= n_rounds // 2, "too few hit: the checkpoint is too small"
+    records = rounds(checkpoint, work, "moments", n_kills, seed, timeout_s=60 + 30 * n_kills)
+    assert sum(record["killed"] for record in records) == n_kills, "too few hit: the checkpoint is too small"
     assert [record for record in records if record["violations"]] == []
 
 
 def test_killed_at_random_moments(large_checkpoint: Path, tmp_path: Path) -> None:
-    check_kills_at_random_moments(large_checkpoint, tmp_path / "work", n_rounds=6)
+    check_kills_at_random_moments(large_checkpoint, tmp_path / "work", n_kills=4)
 
 
 @pytest.mark.slow
 def test_killed_at_many_random_moments(large_checkpoint: Path, tmp_path: Path) -> None:
-    check_kills_at_random_moments(large_checkpoint, tmp_path / "work", n_rounds=20)
+    check_kills_at_random_moments(large_checkpoint, tmp_path / "work", n_kills=20)
 
 
 def test_killed_before_each_change_to_the_disk(family_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
