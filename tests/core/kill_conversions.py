@@ -1,6 +1,6 @@
 """Kill conversions, look at what they leave, finish them. Run by test_conversion_kills.py in a process of its own.
 
-    kill_conversions.py CHECKPOINT WORK moments N SEED     rounds with one or two kills at random moments, until N were hit
+    kill_conversions.py CHECKPOINT WORK moments N SEED     rounds of one or two kills at random moments, until N hit
     kill_conversions.py CHECKPOINT WORK steps              a kill before each change a conversion makes to the disk
 
 Prints one JSON object a round. torch and transformers are imported once; each conversion runs in a forked child.

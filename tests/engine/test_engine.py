@@ -236,7 +236,7 @@ def test_hinted_bundles_are_hits_and_read_once(open_engine: OpenEngine, intact: 
 @all_io
 def test_fetch_waits_for_what_a_hint_is_bringing(open_engine: OpenEngine, intact: Shards, io: str) -> None:
     engine = open_engine(intact, 64, io)
-    ids = np.arange(0, 61, 2, dtype=np.uint32)
+    ids = np.arange(0, 61, 4, dtype=np.uint32)
     engine.hint(0, ids)
     assert is_right(engine, intact, 0, ids)
     counts = engine.counts()
@@ -637,7 +637,7 @@ def test_interrupted_engine_goes_on_or_says_that_it_does_not(
             interruption.call_off()
         engine.release(fetch)
         try:
-            engine.settle(2)
+            engine.settle(DEADLINE_S)
             assert is_right(engine, shards, 0, some_ids(rng, 4000, 3000))
         except SparseFlowError:
             n_told += 1

@@ -1,6 +1,5 @@
 """An evaluation tells the truth about decoding: each token by its own neurons, and every miss is seen."""
 
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,7 +41,8 @@ def opened(family_store: Callable[..., Path]) -> Iterator[Open]:
 
 
 def random_windows(model: SparseOPTForCausalLM, n: int) -> Tensor:
-    return opt_family.random_ids(model.config, n, WINDOW, seed=secrets.randbits(32))
+    """The same in each run: in one of a thousand, a neuron lies so near its cut that rounding decides."""
+    return opt_family.random_ids(model.config, n, WINDOW, seed=5)
 
 
 def decoded_logits(model: SparseOPTForCausalLM, tokens: Tensor) -> Tensor:

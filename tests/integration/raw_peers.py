@@ -17,7 +17,7 @@ from sparseflow.protocol.messages import AcquireNeurons, Attach, Join, Message, 
 from sparseflow.protocol.packets import receive_packet
 from sparseflow.protocol.run_directory import RunDirectory
 
-REPLY_TIMEOUT_S = 3.0
+REPLY_TIMEOUT_S = 20.0
 
 
 class Connection:
@@ -79,7 +79,7 @@ class RawSession(Connection):
 
     def acquire(self, request_id: int, ids: bytes, **changed: Any) -> AcquireNeurons:
         """A request of this session."""
-        fields = {"epoch": self.welcome.epoch, "layer": 0, "released": [], "timeout_s": 1.0, "keep": True}
+        fields = {"epoch": self.welcome.epoch, "layer": 0, "released": [], "timeout_s": 20.0, "keep": True}
         return AcquireNeurons(request_id=request_id, ids=ids, **fields | changed)
 
 

@@ -28,7 +28,7 @@ class Soak:
     def work(self, rng: np.random.Generator, end: float) -> None:
         n_layers, ffn_dim = self.client.profile.num_layers, self.client.profile.ffn_dimension
         most = min(given["most"], self.client.fetch_limit)
-        while time.monotonic() < end:
+        while time.monotonic() < end or self.seen["fetches"] < 50:
             layer = int(rng.integers(n_layers))
             liked = most if rng.random() < 0.5 else ffn_dim  # some bundles are found again
             ids = some_ids(rng, liked, int(rng.integers(1, most + 1)))

@@ -11,7 +11,7 @@ from dense_reference import DenseIds
 from processes import Host, ServerProcess, until
 from served_shards import ServedShards
 
-RETURN_DEADLINE_S = 2.0
+RETURN_DEADLINE_S = 5.0
 PROMPT = [5, 6, 7, 8]
 N_TOKENS = 60
 
@@ -180,7 +180,7 @@ client.close()
     server.kill()
     client.say()
     seconds, text = client.hear()
-    assert 0.8 < seconds < 3
+    assert 0.8 < seconds < 10
     for part in (f"server 's' (pid {server.pid}) ended", "within 1 s", "start it again"):
         assert part in text
     client.finish()
@@ -195,7 +195,7 @@ def test_generating_ends_with_a_named_error_when_the_server_is_gone(host: Host, 
     server.kill()
     begin = time.monotonic()
     error, text = client.hear()
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
     assert error == "ServerNotRunning"
     assert "none took its place within 1 s" in text
     client.say()
@@ -207,13 +207,13 @@ def test_generating_goes_on_with_the_next_server_as_if_nothing_had_been(
     host: Host, demo_store: Path, dense_ids: DenseIds, ratio: float
 ) -> None:
     first = host.serve(demo_store, cpu_cache_ratio=ratio)
-    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=120, pause_s=0.01)
+    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=120, pause_s=0.03)
     assert client.hear() == "open"
     client.say()
     assert client.hear() == "10 tokens"
     first.kill()
     second = host.serve(demo_store, cpu_cache_ratio=ratio)
-    session = until(lambda: second.session(client.pid), 5)
+    session = until(lambda: second.session(client.pid))
     assert session["state"] == "open"
     assert client.hear() == dense_ids(PROMPT, 120)
     session = second.session(client.pid)
@@ -236,13 +236,13 @@ def test_the_next_server_may_have_another_arena(
     host: Host, demo_store: Path, dense_ids: DenseIds, before: float, after: float
 ) -> None:
     first = host.serve(demo_store, cpu_cache_ratio=before)
-    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=120, pause_s=0.01)
+    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=120, pause_s=0.03)
     assert client.hear() == "open"
     client.say()
     assert client.hear() == "10 tokens"
     first.kill()
     second = host.serve(demo_store, cpu_cache_ratio=after)
-    until(lambda: second.session(client.pid), 5)
+    until(lambda: second.session(client.pid))
     assert client.hear() == dense_ids(PROMPT, 120)
     client.say()
     client.finish()
@@ -311,7 +311,7 @@ client.close()
     server.signal(signal.SIGSTOP)
     client.say()
     seconds, text = client.hear()
-    assert 0.8 < seconds < 3
+    assert 0.8 < seconds < 10
     assert "is it stopped" in text
     server.signal(signal.SIGCONT)
     client.say()

@@ -162,7 +162,7 @@ def test_who_waits_for_a_model_that_cannot_be_loaded_is_told_why(slow_server: Sl
 
 
 def test_a_server_that_loads_ends_as_soon_as_it_is_told(slow_server: SlowServer) -> None:
-    assert slow_server.process.end(timeout_s=2) == EXIT_OK
+    assert slow_server.process.end(timeout_s=10) == EXIT_OK
 
 
 def test_the_server_never_loads_torch(host: Host, shards: ServedShards, serve: Callable[..., ServerProcess]) -> None:
@@ -206,7 +206,7 @@ def test_ending_waits_for_leases_no_longer_than_it_was_told(serve: Callable[...,
         fetch.wait(10)
         begin = time.monotonic()
         assert server.end(5) == EXIT_OK
-        assert 0.4 < time.monotonic() - begin < 2
+        assert 0.4 < time.monotonic() - begin < 4  # by itself it would wait for 5
 
 
 def test_ending_does_not_wait_for_a_client_that_only_asks_on(serve: Callable[..., ServerProcess]) -> None:
@@ -218,7 +218,7 @@ def test_ending_does_not_wait_for_a_client_that_only_asks_on(serve: Callable[...
         server.signal(signal.SIGTERM)
         with pytest.raises(ServerNotRunning), client.fetch(1, IDS) as fetch:
             fetch.wait(10)
-        assert server.wait(2) == EXIT_OK
+        assert server.wait(10) == EXIT_OK
 
 
 def test_a_client_goes_from_a_server_that_ends_to_the_next(host: Host, serve: Callable[..., ServerProcess]) -> None:
@@ -227,7 +227,7 @@ def test_a_client_goes_from_a_server_that_ends_to_the_next(host: Host, serve: Ca
     assert client.hear() == "attached"
     assert first.end(10) == EXIT_OK
     second = serve()
-    until(lambda: second.session(client.pid), 3)
+    until(lambda: f"session of pid {client.pid} on" in second.log())
     assert client.hear()["fetches"] > 10
     client.finish()
     assert second.status()["evictions"] > 0
@@ -243,7 +243,7 @@ def test_a_second_signal_ends_at_once(serve: Callable[..., ServerProcess]) -> No
         server.signal(signal.SIGTERM)
         server.wait_for("draining")
         server.signal(signal.SIGTERM)
-        assert server.wait(2) == EXIT_FORCED
+        assert server.wait(10) == EXIT_FORCED
         assert not server.directory.exists()
 
 

@@ -280,7 +280,7 @@ def test_a_greeting_with_too_much_beside_it_is_refused_and_nothing_of_it_kept(
             peer.send(attach(weights="another"), [file.fileno()] * n)
         assert isinstance(peer.receive(), ErrorReply)
     assert_serves(server, shards)
-    until(lambda: server.count()["fds"] == before)
+    until(lambda: server.count()["fds"] <= before)
 
 
 def test_junk_on_a_line_is_answered_once(
@@ -338,7 +338,7 @@ def test_a_request_id_that_is_in_use_is_refused_and_leaves_no_lease(
     line.send(ReleaseLeases(session.welcome.epoch, [1]))
     assert isinstance(line.reply(), NeuronsReady)
     line.send(ReleaseLeases(session.welcome.epoch, [2]))
-    until(lambda: server.status()["arena"]["leased"] == 0, 2)
+    until(lambda: server.status()["arena"]["leased"] == 0)
     assert_serves(server, shards)
 
 
@@ -430,7 +430,7 @@ def test_deep_nesting_on_the_control_socket_is_answered(server: ServerProcess, s
 
 
 def assert_refused_by_ctl(frames: list[bytes], what: str) -> None:
-    reply = ask_ctl(frames, timeout_s=2)
+    reply = ask_ctl(frames, timeout_s=10)
     assert isinstance(reply, ErrorReply), what
     assert reply.code in ("bad_request", "protocol_mismatch"), what
     assert isinstance(ask_ctl([encode(StatusRequest(8))]), StatusReply), what
@@ -448,7 +448,7 @@ def test_many_connections_that_say_nothing_keep_nobody_out(server: ServerProcess
         for _ in range(100):
             stack.enter_context(Connection())
         assert_serves(server, shards)
-        until(lambda: server.count()["fds"] == before, 10)  # they are not waited for without end
+        until(lambda: server.count()["fds"] <= before, 10)  # they are not waited for without end
 
 
 def test_whoever_goes_away_before_it_is_welcomed_costs_the_next_nothing(

@@ -2,8 +2,9 @@
 
 import copy
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import opt_family
@@ -172,11 +173,26 @@ def test_the_crossover_is_measured_for_prompts_and_never_for_one_token() -> None
     ],
 )
 def test_the_measured_crossover_is_where_both_cost_the_same(
-    choose_ms: float, sparse_ms: float, dense_ms: float, reading: ReadTimes, density: float
+    monkeypatch: pytest.MonkeyPatch,
+    choose_ms: float,
+    sparse_ms: float,
+    dense_ms: float,
+    reading: ReadTimes,
+    density: float,
 ) -> None:
-    choose, sparse, dense = (lambda _n, ms=ms: time.sleep(ms / 1000) for ms in (choose_ms, sparse_ms, dense_ms / 2))
+    now_s = 0.0
+
+    def lasts(ms: float) -> Callable[[int], None]:
+        def work(_n: int) -> None:
+            nonlocal now_s
+            now_s += ms / 1000
+
+        return work
+
+    monkeypatch.setattr("sparseflow.orchestration.density.time", SimpleNamespace(perf_counter=lambda: now_s))
+    choose, sparse, dense = lasts(choose_ms), lasts(sparse_ms), lasts(dense_ms / 2)
     crossover = MeasuredCrossover(choose, Trial(sparse, 1 / 8), Trial(dense, 1 / 2), reading)
-    assert crossover.density(4) == pytest.approx(density, abs=0.15)
+    assert crossover.density(4) == pytest.approx(density)
 
 
 def test_two_threads_generate_at_once(family_checkpoint: Any) -> None:

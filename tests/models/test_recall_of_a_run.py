@@ -30,6 +30,7 @@ class Forgetful:
 
     def __init__(self, careful: Any, *, knows_how_near: bool) -> None:
         self._careful, self._knows_how_near = careful, knows_how_near
+        self._rng = np.random.default_rng(0)
 
     def select(self, layer: int, x: torch.Tensor) -> NDArray[np.uint32]:
         ids: NDArray[np.uint32] = self._careful.select(layer, x)
@@ -37,7 +38,7 @@ class Forgetful:
 
     def bounds(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         nearness: torch.Tensor = self._careful.bounds(layer, x)
-        return nearness if self._knows_how_near else nearness.new_tensor(np.random.default_rng().random(nearness.shape))
+        return nearness if self._knows_how_near else nearness.new_tensor(self._rng.random(nearness.shape))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_estimate_agrees_with_the_true_recall_of_the_same_run(demo: Path, how: s
             decoded(model)
             stats.append(model.stats)
     audited, sampled = stats
-    assert sampled.decode.active_pairs == audited.decode.active_pairs, "the same run"
+    # what is there early is added first, so sums may differ in their last place, and a sign that hangs on it
+    assert sampled.decode.active_pairs == pytest.approx(audited.decode.active_pairs, rel=1e-3), "the same run"
     truth = 1 - audited.decode.missed / audited.decode.audited
     assert truth < (0.9999 if how == "no margin" else 0.95)
     assert sampled.recall is not None

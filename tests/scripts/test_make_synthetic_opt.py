@@ -239,7 +239,7 @@ class TestStore:
         hidden, ffn, layers, vocab = 1024, 4096, 10, 4000
         sizes = (hidden, ffn, layers, 16, vocab, 64)
         # Real models' tensors are above glibc's threshold and leave with their owner; so shall these.
-        run = run_python(PEAK_OF_A_STORE, SCRIPT, tmp_path, *sizes, MALLOC_MMAP_THRESHOLD_=str(1 << 19))
+        run = run_python(PEAK_OF_A_STORE, SCRIPT, tmp_path, *sizes, timeout_s=300, MALLOC_MMAP_THRESHOLD_=str(1 << 19))
         layer_nbytes = 2 * (2 * hidden * ffn + 4 * hidden * hidden)
         limit = 4 * layer_nbytes  # one in float32, and as much again for what is drawn and what passes through
         assert (tmp_path / "store" / MANIFEST_NAME).exists()
