@@ -268,10 +268,10 @@ def copy_from(addresses: dict[int, tuple[int, int]]) -> Callable[[Any], int]:
             n = min(nbytes, max(0, size - start))
             ctypes.memmove(address, base + start, n)
             done += n
-        start = base + int(read["offset"])
-        first = max(base, start & -_MAPPED_AROUND_NBYTES)
-        last = min(base + size, -(-(start + done) // _MAPPED_AROUND_NBYTES) * _MAPPED_AROUND_NBYTES)
-        _libc.madvise(first, last - first, mmap.MADV_DONTNEED)  # else what was copied counts twice
+        touched = base + int(read["offset"])
+        first = max(base, touched & -_MAPPED_AROUND_NBYTES)
+        after = min(base + size, -(-(touched + done) // _MAPPED_AROUND_NBYTES) * _MAPPED_AROUND_NBYTES)
+        _libc.madvise(first, after - first, mmap.MADV_DONTNEED)  # else what was copied counts twice
         return done
 
     return perform

@@ -65,7 +65,7 @@ class Soak:
     def run(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         with ThreadPoolExecutor(N_THREADS + 1) as pool:
-            while time.monotonic() < end or self.seen["delivered"] <= 20:
+            while (now := time.monotonic()) < end or (self.seen["delivered"] <= 20 and now < end + DEADLINE_S):
                 faults = self._choose_faults()
                 with ExitStack() as flipped:
                     for layer, neuron in faults.lasting:
