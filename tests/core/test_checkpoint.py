@@ -25,7 +25,7 @@ def source(family_checkpoint: Callable[..., Path]) -> Path:
     return family_checkpoint("untied")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def weights(source: Path) -> Weights:
     return opt_family.tensors_in(source / "model.safetensors")
 
