@@ -1,4 +1,4 @@
-"""The sparse OPT: transformers' network, except how an MLP gets and uses its weights, and one product for q, k, v."""
+"""The sparse OPT: transformers' network, except how an MLP gets and uses its weights, and what computes it."""
 
 import copy
 import json
@@ -9,10 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Cache, GenerationConfig, OPTConfig, OPTForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, eager_attention_forward
 
 from sparseflow.client.weight_client import WeightClient
 from sparseflow.core.config import (
@@ -26,115 +23,12 @@ from sparseflow.core.config import (
 from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
+from sparseflow.models.opt_layers import FrozenLinear, SparseOPTDecoderLayer
 from sparseflow.orchestration.calibrated_predictor import given_predictor
 from sparseflow.orchestration.density import Crossover
 from sparseflow.orchestration.fidelity import DEFAULT_FIDELITY, make_predictor, require_fidelity
 from sparseflow.orchestration.stats import RunStats
 from sparseflow.orchestration.transfer_coordinator import LayerBiases, TransferCoordinator
-
-
-class SparseOPTAttention(OPTAttention):
-    """OPT's attention with q, k, v as one product over weights that lie head by head."""
-
-    def __init__(self, config: OPTConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        del self.q_proj, self.k_proj, self.v_proj
-        shape = (self.num_heads, 3, self.head_dim)
-        self.qkv_weight = nn.Parameter(torch.empty(*shape, self.embed_dim), requires_grad=False)
-        self.qkv_bias = nn.Parameter(torch.empty(shape), requires_grad=False) if config.enable_bias else None
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(batch, length, hidden) to the same, and the attention weights where the implementation gives them."""
-        batch, length, _ = hidden_states.shape
-        bias = None if self.qkv_bias is None else self.qkv_bias.view(-1)
-        qkv = functional.linear(hidden_states, self.qkv_weight.view(-1, self.embed_dim), bias)
-        query, key, value = qkv.view(batch, length, self.num_heads, 3, self.head_dim).transpose(1, 2).unbind(3)
-        query = query * self.scaling  # before the product, where transformers' OPT scales too
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs)
-        return self.out_proj(output.reshape(batch, length, -1)), weights
-
-
-class _Bias(nn.Module):
-    """What remains here of a linear layer whose weights are neurons."""
-
-    def __init__(self, size: int, exists: bool) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if exists else None
-
-
-class SparseOPTDecoderLayer(OPTDecoderLayer):
-    """One decoder layer. Its MLP asks the coordinator, which is set once the weights are loaded."""
-
-    coordinator: TransferCoordinator
-
-    def __init__(self, config: OPTConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.layer_idx = layer_idx
-        self.self_attn = SparseOPTAttention(config, layer_idx)
-        self.fc1: _Bias = _Bias(config.ffn_dim, config.enable_bias)
-        self.fc2: _Bias = _Bias(config.hidden_size, config.enable_bias)
-
-    @property
-    def mlp_norm(self) -> nn.LayerNorm:
-        """What stands between the residual stream and the MLP."""
-        return self.final_layer_norm if self.do_layer_norm_before else self.self_attn_layer_norm
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = False,
-        position_ids: Tensor | None = None,
-        decoding: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """(batch, length, hidden) to the same. `decoding` says under which phase the step is counted."""
-        norm_first = self.do_layer_norm_before  # all but OPT-350m
-
-        residual = hidden_states
-        self.coordinator.hint(self.layer_idx, residual.reshape(-1, self.embed_dim))
-        if norm_first:
-            hidden_states = self.self_attn_layer_norm(hidden_states)
-        hidden_states, _ = self.self_attn(hidden_states, past_key_values, attention_mask, **kwargs)
-        hidden_states = residual + hidden_states
-        if not norm_first:
-            hidden_states = self.self_attn_layer_norm(hidden_states)
-
-        residual = hidden_states
-        if norm_first:
-            hidden_states = self.final_layer_norm(hidden_states)
-        x, stream = (
-            hidden_states.reshape(-1, self.embed_dim),
-            residual.reshape(-1, self.embed_dim),
-        )  # (n_tokens, hidden)
-        y = self.coordinator.mlp(self.layer_idx, x, stream, decoding=decoding)
-        hidden_states = residual + y.view(residual.shape)
-        if not norm_first:
-            hidden_states = self.final_layer_norm(hidden_states)
-        return hidden_states
-
-
-class _Head(nn.Linear):
-    """A frozen linear layer over a slice of positions.
-
-    torch multiplies such an input as a batch and copies the transposed weights for it, all of the vocabulary; as a
-    plain matrix it does not.
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(batch, length, hidden) to (batch, length, vocabulary)."""
-        flat = hidden_states.reshape(-1, self.in_features)
-        return functional.linear(flat, self.weight).view(*hidden_states.shape[:-1], self.out_features)
 
 
 class SparseOPTForCausalLM(OPTForCausalLM):
@@ -181,7 +75,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         with torch.device("meta"):
             super().__init__(hf_config)
             layers = [SparseOPTDecoderLayer(hf_config, n) for n in range(hf_config.num_hidden_layers)]
-            self.lm_head = _Head(hf_config.word_embed_proj_dim, hf_config.vocab_size, bias=False)
+            self.lm_head = FrozenLinear(hf_config.word_embed_proj_dim, hf_config.vocab_size, bias=False)
         self.model.decoder.layers = nn.ModuleList(layers)
         self.source = source
         self.sparseflow_config = config

@@ -137,22 +137,24 @@ class TransferCoordinator:
             for target in self._trained.targets(layer):
                 self.source.hint(target, self._trained.foresee(target, hidden))
 
-    @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep
     def mlp(self, layer: int, x: Tensor, hidden: Tensor, *, decoding: bool) -> Tensor:
         """One MLP.
 
         Args:
-            x: (n_tokens, hidden), the MLP's input, dtype of the store; so is the result.
+            x: (n_tokens, hidden) float32, the MLP's input.
             hidden: (n_tokens, hidden), the residual stream that the result will be added to.
+
+        Returns:
+            (n_tokens, hidden) float32.
 
         Raises:
             BadRequest: gradients are asked for; the kernels have none.
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise BadRequest("gradients: sparse layers have none; use torch.no_grad(), or the dense checkpoint")
-        wide = x.float().contiguous()
-        ids = self._choose(layer, wide)
-        y, n_active = self._computed(layer, ids, x, wide, hidden)
+        x = x.contiguous()
+        ids = self._choose(layer, x)
+        y, n_active = self._computed(layer, ids, x, hidden)
         fetches = self._fetches_since_last_step()
         if fetches is not None and len(x) <= _TOKENS_AT_ONCE:
             self.lookahead.note(self._scoring_s, fetches.misses + fetches.hinted)
@@ -161,23 +163,23 @@ class TransferCoordinator:
         if self.profiling:
             counts = self.stats.decode if decoding else self.stats.prefill
             counts.predictor_nbytes += self._choice_nbytes
-            self._count(counts, layer, wide, ids, n_active)
+            self._count(counts, layer, x, ids, n_active)
             if fetches is not None:
                 counts.fetches = (counts.fetches or FetchCounts()) + fetches
             if decoding and ids is not None and self.predictor is not None and not self.audit_every:
-                step = SparseStep(layer, wide, ids, n_active, self._wide_biases[layer][0])
+                step = SparseStep(layer, x, ids, n_active, self._wide_biases[layer][0])
                 if self.live_recall.step(self.predictor, step, counts.sampled):
                     self._fetches_since_last_step()  # what was read for that is no step's
-        return y.to(x.dtype)
+        return y
 
     def _computed(
-        self, layer: int, ids: NDArray[np.uint32] | None, x: Tensor, wide: Tensor, hidden: Tensor
+        self, layer: int, ids: NDArray[np.uint32] | None, x: Tensor, hidden: Tensor
     ) -> tuple[Tensor, int]:
         """Once more where a server with a smaller arena has taken the place of the one that the step began with."""
         while True:
             limit = self.source.fetch_limit
             try:
-                return self._dense(layer, x) if ids is None else self._sparse(layer, ids, wide, hidden)
+                return self._dense(layer, x) if ids is None else self._sparse(layer, ids, x, hidden)
             except ArenaBusy:
                 if self.source.fetch_limit >= limit:
                     raise
@@ -261,7 +263,7 @@ class TransferCoordinator:
                 if self.lookahead.mode != "off" and next_layer < self.source.profile.num_layers:
                     self.source.hint(next_layer, following[n])
                 y, active = self._compute_dense(layer, part, bundles, x, is_first=n == 0)
-            total = y if total is None else total.float().add_(y)
+            total = y if total is None else total.add_(y)
             n_active += active
         assert total is not None  # there is one part at least
         return total, n_active
@@ -327,7 +329,7 @@ class TransferCoordinator:
         def dense(n_tokens: int) -> None:
             with self.source.fetch(0, part) as fetch:
                 bundles = fetch.wait(FETCH_TIMEOUT_S)
-                x = torch.zeros(n_tokens, hidden, dtype=bundles.base.dtype)
+                x = torch.zeros(n_tokens, hidden)
                 self._compute_dense(0, part, bundles, x, is_first=True)
 
         return MeasuredCrossover(

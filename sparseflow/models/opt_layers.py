@@ -1,0 +1,140 @@
+"""Layers of the sparse OPT: transformers' own, computed by our kernels, and an MLP that asks for its neurons."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache, OPTConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, eager_attention_forward
+
+from sparseflow.kernels.attention import attend
+from sparseflow.kernels.linear import linear
+from sparseflow.models.kv_cache import append
+from sparseflow.orchestration.transfer_coordinator import TransferCoordinator
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that is never trained."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, length, in_features) to (batch, length, out_features), in the dtype of the weights."""
+        y = linear(hidden_states.reshape(-1, self.in_features), self.weight, self.bias)
+        return y.view(*hidden_states.shape[:-1], self.out_features).to(self.weight.dtype)
+
+
+class SparseOPTAttention(OPTAttention):
+    """OPT's attention with q, k, v as one product over weights that lie head by head."""
+
+    def __init__(self, config: OPTConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        del self.q_proj, self.k_proj, self.v_proj
+        shape = (self.num_heads, 3, self.head_dim)
+        self.qkv_weight = nn.Parameter(torch.empty(*shape, self.embed_dim), requires_grad=False)
+        self.qkv_bias = nn.Parameter(torch.empty(shape), requires_grad=False) if config.enable_bias else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, length, hidden) to the same in float32, and the attention weights where the implementation does."""
+        batch, length, _ = hidden_states.shape
+        bias = None if self.qkv_bias is None else self.qkv_bias.view(-1)
+        qkv = linear(hidden_states.reshape(-1, self.embed_dim), self.qkv_weight.view(-1, self.embed_dim), bias)
+        query, key, value = qkv.view(batch, length, self.num_heads, 3, self.head_dim).transpose(1, 2).unbind(3)
+        query = query * self.scaling  # before the product, where transformers' OPT scales too
+        key, value = key.to(self.qkv_weight.dtype), value.to(self.qkv_weight.dtype)
+        if past_key_values is not None:
+            key, value = append(past_key_values, self.layer_idx, key, value)
+        weights = None
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and length == 1 and attention_mask is None:
+            output = attend(query[:, :, 0], key, value)
+        else:
+            output, weights = self._attend_by(implementation, query, key, value, attention_mask, **kwargs)
+        y = linear(output.reshape(batch * length, -1), self.out_proj.weight, self.out_proj.bias)
+        return y.view(batch, length, -1), weights
+
+    def _attend_by(
+        self, implementation: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As transformers does it; torch's sdpa takes float32, for on a CPU 16 bits take it two to five times as long."""
+        attend_by = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == "sdpa":
+            key, value = key.float(), value.float()
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+        attended: tuple[Tensor, Tensor | None] = attend_by(
+            self, query.to(key.dtype), key, value, mask, dropout=0.0, scaling=1.0, **kwargs
+        )
+        return attended
+
+
+class _Bias(nn.Module):
+    """What remains here of a linear layer whose weights are neurons."""
+
+    def __init__(self, size: int, exists: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if exists else None
+
+
+class SparseOPTDecoderLayer(OPTDecoderLayer):
+    """One decoder layer. Its MLP asks the coordinator, which is set once the weights are loaded."""
+
+    coordinator: TransferCoordinator
+
+    def __init__(self, config: OPTConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.self_attn = SparseOPTAttention(config, layer_idx)
+        self.fc1: _Bias = _Bias(config.ffn_dim, config.enable_bias)
+        self.fc2: _Bias = _Bias(config.hidden_size, config.enable_bias)
+
+    @property
+    def mlp_norm(self) -> nn.LayerNorm:
+        """What stands between the residual stream and the MLP."""
+        return self.final_layer_norm if self.do_layer_norm_before else self.self_attn_layer_norm
+
+    @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_ids: Tensor | None = None,
+        decoding: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(batch, length, hidden) to the same. `decoding` says under which phase the step is counted.
+
+        The residual stream is rounded to the model's dtype where transformers rounds it, and nothing else is.
+        """
+        norm_first = self.do_layer_norm_before  # all but OPT-350m
+        dtype, shape = hidden_states.dtype, hidden_states.shape
+
+        residual = hidden_states
+        self.coordinator.hint(self.layer_idx, residual.reshape(-1, self.embed_dim))
+        x = widened_norm(self.self_attn_layer_norm, residual) if norm_first else residual
+        attended, _ = self.self_attn(x, past_key_values, attention_mask, **kwargs)
+        residual = (residual + attended).to(dtype)
+        if not norm_first:
+            residual = widened_norm(self.self_attn_layer_norm, residual).to(dtype)
+
+        x = widened_norm(self.final_layer_norm, residual) if norm_first else residual.float()
+        stream = residual.view(-1, self.embed_dim)  # (n_tokens, hidden)
+        y = self.coordinator.mlp(self.layer_idx, x.view(-1, self.embed_dim), stream, decoding=decoding)
+        hidden_states = (residual + y.view(shape)).to(dtype)
+        if not norm_first:
+            hidden_states = widened_norm(self.final_layer_norm, hidden_states).to(dtype)
+        return hidden_states
+
+
+def widened_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A layer norm of any dtype, unrounded: float32."""
+    weight = None if norm.weight is None else norm.weight.float()
+    bias = None if norm.bias is None else norm.bias.float()
+    return functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
