@@ -56,9 +56,7 @@ def _attend(query, keys, values, key_stride, value_stride, length, head_dim, sco
 def _attend_all(block, keys, values):
     """Each thread takes one head of one sequence after the other.
 
-    block: n_parts (n_sequences * n_heads), n_heads, length, head_dim, keys, values, strides in elements (keys: sequence,
-    head, position; values: the same), query (n_parts, head_dim), output (the same), scores (n_parts, length),
-    the next part to take. keys, values: pointers of their type. The rest: float32, contiguous.
+    block: as `argument_block` has it. keys, values: pointers of their type.
     """
     n_parts, n_heads, length, head_dim = block[0], block[1], block[2], block[3]
     query, output, scores = float32_at(block[12]), float32_at(block[13]), float32_at(block[14])
@@ -77,8 +75,8 @@ def _attend_all(block, keys, values):
 
 
 @cache
-def _kernel(dtype: torch.dtype) -> Any:
-    """Compiled on first use."""
+def kernel(dtype: torch.dtype) -> Any:
+    """Compiled on first use. Its argument block is `argument_block`'s."""
     digest = DIGEST
 
     def float16(args):
@@ -110,18 +108,24 @@ def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     Returns:
         (n_sequences, n_heads, head_dim) float32.
     """
-    n_sequences, n_heads, length, head_dim = keys.shape
+    n_sequences, n_heads, length, _ = keys.shape
     query = query.contiguous()
     output = torch.empty_like(query)
     scores = torch.empty(n_sequences * n_heads, length)
-    block = (
+    block = argument_block(keys, values, query.data_ptr(), output.data_ptr(), scores.data_ptr())
+    threads.run(kernel(keys.dtype), np.array(block, np.int64), torch.get_num_threads())
+    return output
+
+
+def argument_block(keys: Tensor, values: Tensor, query: int, output: int, scores: int) -> tuple[int, ...]:
+    """What `kernel` is told for one call. query, output, scores: addresses; scores of (sequences * heads, length)."""
+    n_sequences, n_heads, length, head_dim = keys.shape
+    return (
         *(n_sequences * n_heads, n_heads, length, head_dim, keys.data_ptr(), values.data_ptr()),
         *keys.stride()[:3],
         *values.stride()[:3],
-        *(query.data_ptr(), output.data_ptr(), scores.data_ptr(), 0),
+        *(query, output, scores, 0),
     )
-    threads.run(_kernel(keys.dtype), np.array(block, np.int64), torch.get_num_threads())
-    return output
 
 
 def attend_ref(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

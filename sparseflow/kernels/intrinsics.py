@@ -44,6 +44,35 @@ def to_float(typingctx: Any, element: Any) -> Any:
     return types.float32(element), codegen
 
 
+def _float_to_half(builder: Any, value: Any) -> Any:
+    return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+
+
+def _float_to_bfloat(builder: Any, value: Any) -> Any:
+    """To nearest, ties to even; a NaN stays one."""
+    i32 = ir.IntType(32)
+    bits = builder.bitcast(value, i32)
+    is_odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+    rounded = builder.add(bits, builder.add(is_odd, i32(0x7FFF)))
+    kept = builder.select(builder.fcmp_unordered("uno", value, value), i32(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(kept, i32(16)), ir.IntType(16))
+
+
+_FROM_FLOAT = {types.uint16: _float_to_half, types.int16: _float_to_bfloat, types.float32: _unchanged}
+
+
+@intrinsic
+def store(typingctx: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """pointer[index] = value, rounded to what the pointer's type stands for. value: float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.gep(args[0], [args[1]])
+        builder.store(_FROM_FLOAT[pointer.dtype](builder, args[2]), place)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, types.float32), codegen
+
+
 @intrinsic
 def advance(typingctx: Any, pointer: Any, n_elements: Any) -> Any:
     """pointer + n_elements, as in C."""

@@ -52,8 +52,7 @@ def _four_dots(row, x, n_in):
 def _products(block, weight, bias):
     """Each thread takes one part of the rows after the other.
 
-    block: n_parts, n_out, n_in, n_tokens, weight, stride of its rows (elements), bias, whether there is one, x, y, the
-    next part to take. weight, bias: pointers of the weights' type. x, y: float32, contiguous.
+    block: as `argument_block` has it. weight, bias: pointers of the weights' type. x, y: float32, contiguous.
     """
     n_parts, n_out, n_in, n_tokens, stride, has_bias = block[0], block[1], block[2], block[3], block[5], block[7]
     x, y, next_part = float32_at(block[8]), float32_at(block[9]), advance(block, _NEXT_PART)
@@ -76,8 +75,8 @@ def _products(block, weight, bias):
 
 
 @cache
-def _kernel(dtype: torch.dtype) -> Any:
-    """Compiled on first use."""
+def kernel(dtype: torch.dtype) -> Any:
+    """Compiled on first use. Its argument block is `argument_block`'s."""
     digest = DIGEST
 
     def float16(args):
@@ -111,16 +110,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if len(x) > _FEW_TOKENS:
         return _by_tiles(x.float(), weight, bias)
-    n_out, n_in = weight.shape
     wide = x.float().contiguous()
-    y = torch.empty(len(x), n_out)
+    y = torch.empty(len(x), len(weight))
     n_threads = torch.get_num_threads()
-    block = (
-        *(n_threads * _PARTS_A_THREAD, n_out, n_in, len(x), weight.data_ptr(), weight.stride(0)),
-        *(0 if bias is None else bias.data_ptr(), bias is not None, wide.data_ptr(), y.data_ptr(), 0),
-    )
-    threads.run(_kernel(weight.dtype), np.array(block, np.int64), n_threads)
+    block = argument_block(weight, bias, len(x), wide.data_ptr(), y.data_ptr(), n_threads)
+    threads.run(kernel(weight.dtype), np.array(block, np.int64), n_threads)
     return y
+
+
+def argument_block(
+    weight: Tensor, bias: Tensor | None, n_tokens: int, x: int, y: int, n_threads: int
+) -> tuple[int, ...]:
+    """What `kernel` is told for one call. x, y: addresses of (n_tokens, n_in) and (n_tokens, n_out) float32."""
+    n_out, n_in = weight.shape
+    return (
+        *(n_threads * _PARTS_A_THREAD, n_out, n_in, n_tokens, weight.data_ptr(), weight.stride(0)),
+        *(0 if bias is None else bias.data_ptr(), bias is not None, x, y, 0),
+    )
 
 
 def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

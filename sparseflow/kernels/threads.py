@@ -26,6 +26,8 @@ _SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 # A kernel's one argument: the address of its int64 argument block.
 KERNEL_SIGNATURE: Signature = types.void(types.intp)
 
+# From within a kernel: call another, by its address, on so many threads, and wait for all: (kernel, args, n_threads, 0).
+run_team = types.ExternalFunction("GOMP_parallel", types.void(types.intp, types.intp, types.uint32, types.uint32))
 team_rank = types.ExternalFunction("omp_get_thread_num", types.intc())
 team_size = types.ExternalFunction("omp_get_num_threads", types.intc())
 
@@ -80,6 +82,19 @@ def compile_kernel(function: Any) -> Any:
             f"compiled kernels can be kept neither in {os.path.dirname(__file__)} nor in the user's cache directory; "
             "set NUMBA_CACHE_DIR to a folder that can be written"
         ) from error
+
+
+def run_serial(kernel: Any, args: np.ndarray) -> None:
+    """Call a compiled kernel once, on this thread. It may call others by `run_team`.
+
+    args: as for `run`.
+    """
+    _function(kernel.address)(args.ctypes.data)
+
+
+@cache
+def _function(address: int) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
 
 
 def run(kernel: Any, args: np.ndarray, n_threads: int) -> None:

@@ -10,8 +10,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, eager_attention_forward
 
 from sparseflow.kernels.attention import attend
+from sparseflow.kernels.attention_step import AttentionStep, AttentionWeights
 from sparseflow.kernels.linear import linear
-from sparseflow.models.kv_cache import append
+from sparseflow.models.kv_cache import append, reserve
 from sparseflow.orchestration.transfer_coordinator import TransferCoordinator
 
 
@@ -92,6 +93,7 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         self.self_attn = SparseOPTAttention(config, layer_idx)
         self.fc1: _Bias = _Bias(config.ffn_dim, config.enable_bias)
         self.fc2: _Bias = _Bias(config.hidden_size, config.enable_bias)
+        self._step: AttentionStep | None = None
 
     @property
     def mlp_norm(self) -> nn.LayerNorm:
@@ -113,24 +115,65 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
 
         The residual stream is rounded to the model's dtype where transformers rounds it, and nothing else is.
         """
-        norm_first = self.do_layer_norm_before  # all but OPT-350m
-        dtype, shape = hidden_states.dtype, hidden_states.shape
-
-        residual = hidden_states
-        self.coordinator.hint(self.layer_idx, residual.reshape(-1, self.embed_dim))
-        x = widened_norm(self.self_attn_layer_norm, residual) if norm_first else residual
-        attended, _ = self.self_attn(x, past_key_values, attention_mask, **kwargs)
-        residual = (residual + attended).to(dtype)
-        if not norm_first:
-            residual = widened_norm(self.self_attn_layer_norm, residual).to(dtype)
-
-        x = widened_norm(self.final_layer_norm, residual) if norm_first else residual.float()
-        stream = residual.view(-1, self.embed_dim)  # (n_tokens, hidden)
-        y = self.coordinator.mlp(self.layer_idx, x.view(-1, self.embed_dim), stream, decoding=decoding)
-        hidden_states = (residual + y.view(shape)).to(dtype)
-        if not norm_first:
-            hidden_states = widened_norm(self.final_layer_norm, hidden_states).to(dtype)
+        self.coordinator.hint(self.layer_idx, hidden_states.view(-1, self.embed_dim))
+        step = self._attention_step(hidden_states, attention_mask, past_key_values)
+        stream, x = step or self._attend(hidden_states, attention_mask, past_key_values, **kwargs)
+        y = self.coordinator.mlp(self.layer_idx, x, stream, decoding=decoding)
+        hidden_states = (stream + y).to(stream.dtype).view(hidden_states.shape)
+        if not self.do_layer_norm_before:
+            hidden_states = widened_norm(self.final_layer_norm, hidden_states).to(stream.dtype)
         return hidden_states
+
+    def _attend(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, (n_tokens, hidden), and the MLP's input, float32."""
+        norm_first = self.do_layer_norm_before  # all but OPT-350m
+        dtype = hidden_states.dtype
+        x = widened_norm(self.self_attn_layer_norm, hidden_states) if norm_first else hidden_states
+        attended, _ = self.self_attn(x, past_key_values, attention_mask, **kwargs)
+        stream = (hidden_states + attended).to(dtype).view(-1, self.embed_dim)
+        if norm_first:
+            return stream, widened_norm(self.final_layer_norm, stream)
+        stream = widened_norm(self.self_attn_layer_norm, stream).to(dtype)
+        return stream, stream.float()
+
+    def _attention_step(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same for one token in one call; None where it is not made for what is asked."""
+        if hidden_states.shape[:2] != (1, 1) or attention_mask is not None or past_key_values is None:
+            return None
+        if self.self_attn.config._attn_implementation != "sdpa" or not self.can_step:
+            return None
+        attention = self.self_attn
+        like = attention.qkv_weight[None, :, :, 0, : attention.head_dim]  # (1, n_heads, 3, head_dim)
+        reserved = reserve(past_key_values, self.layer_idx, like, 1)
+        if reserved is None:
+            return None
+        if self._step is None:
+            self._step = self._made_step()
+        return self._step(hidden_states, *reserved)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether `AttentionStep` is made for such a layer."""
+        norms = (self.self_attn_layer_norm, self.final_layer_norm)
+        return self.do_layer_norm_before and all(norm.weight is not None for norm in norms)
+
+    def _made_step(self) -> AttentionStep:
+        attention, norm, mlp_norm = self.self_attn, self.self_attn_layer_norm, self.final_layer_norm
+        weights = AttentionWeights(
+            norm.weight,
+            norm.bias,
+            attention.qkv_weight.view(-1, self.embed_dim),
+            None if attention.qkv_bias is None else attention.qkv_bias.view(-1),
+            attention.out_proj.weight,
+            attention.out_proj.bias,
+            mlp_norm.weight,
+            mlp_norm.bias,
+        )
+        return AttentionStep(weights, attention.num_heads, attention.scaling, norm.eps, mlp_norm.eps)
 
 
 def widened_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
