@@ -136,19 +136,23 @@ class AttentionStep:
         """
         self._weights = weights  # whose addresses the block has
         dtype, hidden = weights.qkv.dtype, weights.out.shape[0]
-        self._hidden, self._dtype = hidden, dtype
+        self._dtype, self._hidden, self._n_heads = dtype, hidden, n_heads
         self._kernel = _kernel(dtype)
         self._numbers = np.array([eps, mlp_eps, scaling], np.float32)
-        linear_kernel = linear.kernel(dtype).address
+        norms = (weights.norm_weight, weights.norm_bias, weights.mlp_norm_weight, weights.mlp_norm_bias)
         block = np.zeros(_SIZE, np.int64)
         block[:3] = hidden, n_heads, hidden // n_heads
         block[4] = self._numbers.ctypes.data
-        block[6:10] = [
-            w.data_ptr()
-            for w in (weights.norm_weight, weights.norm_bias, weights.mlp_norm_weight, weights.mlp_norm_bias)
-        ]
-        block[19:21] = linear_kernel, attention.kernel(dtype).address
+        block[6:10] = [norm.data_ptr() for norm in norms]
+        block[19:21] = linear.kernel(dtype).address, attention.kernel(dtype).address
         self._block = block
+
+    def _use_threads(self, n_threads: int) -> None:
+        weights, block = self._weights, self._block
+        block[3] = n_threads
+        for place, weight, bias in ((_QKV, weights.qkv, weights.qkv_bias), (_OUT, weights.out, weights.out_bias)):
+            fields = linear.argument_block(weight, bias, 1, 0, 0, n_threads)
+            block[place : place + len(fields)] = fields
 
     def __call__(self, residual: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -159,23 +163,20 @@ class AttentionStep:
         Returns:
             The residual stream after attention, (1, hidden), same dtype, and the MLP's input, (1, hidden) float32.
         """
-        weights, hidden = self._weights, self._hidden
+        hidden, length = self._hidden, keys.shape[2]
         n_threads = torch.get_num_threads()
-        length = keys.shape[2]
-        n_heads = int(self._block[1])
-        stream = torch.empty(1, hidden, dtype=self._dtype)
-        x = torch.empty(1, hidden)
-        scratch = torch.empty(hidden * 6 + n_heads * length)
-        qkv = scratch.data_ptr()
+        if n_threads != self._block[3]:
+            self._use_threads(n_threads)
+        stream, x = torch.empty(1, hidden, dtype=self._dtype), torch.empty(1, hidden)
+        scratch = np.empty(hidden * 6 + self._n_heads * length, np.float32)
+        qkv = scratch.ctypes.data
         query, attended, y, scores = (qkv + 4 * hidden * n for n in (3, 4, 5, 6))
         block = self._block.copy()
-        block[3] = n_threads
         block[5] = residual.data_ptr()
         block[13:19] = stream.data_ptr(), x.data_ptr(), qkv, query, attended, y
         block[22] = block.ctypes.data
-        block[_QKV : _QKV + 11] = linear.argument_block(weights.qkv, weights.qkv_bias, 1, x.data_ptr(), qkv, n_threads)
-        block[_OUT : _OUT + 11] = linear.argument_block(weights.out, weights.out_bias, 1, attended, y, n_threads)
+        block[_QKV + 8 : _QKV + 10] = x.data_ptr(), qkv
+        block[_OUT + 8 : _OUT + 10] = attended, y
         block[_ATTEND : _ATTEND + 16] = attention.argument_block(keys, values, query, attended, scores)
         threads.run_serial(self._kernel, block)
         return stream, x
-

@@ -71,7 +71,7 @@ class Scored(NamedTuple):
     """
 
     ids: NDArray[np.uint32]
-    bounds: Tensor
+    bounds: NDArray[np.float32]
     n_fine_rows: int
 
 
@@ -91,7 +91,7 @@ def candidates(
     Returns:
         (n,) uint32, ascending.
     """
-    return score(rows, x, margin, failure_probability, threshold, planes).ids
+    return Scorer(rows, margin, failure_probability, threshold, planes)(x).ids
 
 
 def upper_bounds(
@@ -101,55 +101,92 @@ def upper_bounds(
 
     Each is the last one computed: the coarse plane's where that settles the neuron for this token.
     """
-    return score(rows, x, margin, failure_probability, threshold, planes, needs_all=True).bounds
+    scored = Scorer(rows, margin, failure_probability, threshold, planes)(x, needs_all=True)
+    return torch.from_numpy(scored.bounds)
 
 
-def score(
-    rows: CodedRows,
-    x: Tensor,
-    margin: Margin,
-    failure_probability: float,
-    threshold: float = 1.0,
-    planes: int = 2,
-    *,
-    needs_all: bool = False,
-) -> Scored:
-    """As `candidates`.
-
-    needs_all: the last bound of every token is wanted, and `n_fine_rows` counts each token as if it were alone. Else
-    a neuron is done with once it is a candidate for one token.
-    """
-    n_neurons, n_groups = rows.scales.shape
-    n_tokens, hidden = x.shape
-    n_parts = torch.get_num_threads()
-    float_unit = (n_groups + 24) * 2.0**-22  # products and sums of n_groups terms in 16 lanes, 2.5 ||w^|| ||x|| large
-    factor = _factor(margin, failure_probability, hidden)
-    settings = np.array([margin, factor, threshold, planes, float_unit])
-    bounds = torch.empty(n_tokens, n_neurons)
-    ids, counts = np.empty(n_neurons, np.uint32), np.zeros((n_parts, 2), np.int64)
-    n_places = n_parts * n_tokens * n_groups
-    sizes = (2 * GROUP * n_places, 4 * LANES * n_places, *[8 * n_places] * 4, 16 * n_parts * n_tokens)
-    scratch = np.empty(sum(sizes) + 8 * n_tokens * n_neurons, np.uint8)
-    block = (
-        *(n_parts, n_neurons, n_groups, n_tokens, hidden),
-        *(rows.coarse.data_ptr(), rows.fine.data_ptr(), rows.scales.data_ptr(), rows.bias.data_ptr()),
-        *(rows.norms.data_ptr(), rows.coarse_error_norms.data_ptr(), rows.fine_error_norms.data_ptr()),
-        *(rows.dither.data_ptr(), x.data_ptr(), settings.ctypes.data, bounds.data_ptr()),
-        *(ids.ctypes.data, counts.ctypes.data, needs_all),
-        # For the kernel's own use: the fields of `scoring.Tokens`, one after the other, and the scores.
-        *itertools.accumulate(sizes, initial=scratch.ctypes.data),
-    )
-    threads.run(scoring.kernel(), np.array(block, np.int64), n_parts)
-    found = [ids[n_neurons * part // n_parts :][: counts[part, 0]] for part in range(n_parts)]
-    return Scored(np.concatenate(found), bounds, int(counts[:, 1].sum()))
+# Fields of the kernel's argument block that point into a call's scratch memory: bounds, ids, counts, then the fields of
+# `scoring.Tokens` and the scores.
+_IN_SCRATCH = np.array([15, 16, 17, *range(19, 27)])
 
 
-def _factor(margin: Margin, failure_probability: float, hidden: int) -> float:
+class _Layout(NamedTuple):
+    """Of a call's scratch memory, for one number of threads and tokens. bounds, ids: offsets; so is `block` there."""
+
+    n_parts: int
+    n_tokens: int
+    block: NDArray[np.int64]
+    nbytes: int
+    bounds: int
+    ids: int
+
+
+class Scorer:
+    """Bounds of one layer's neurons, always in the same way, with all that does not change from call to call."""
+
+    def __init__(
+        self, rows: CodedRows, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
+    ) -> None:
+        """As `candidates` is told."""
+        n_neurons, n_groups = rows.scales.shape
+        self._rows = rows  # whose addresses the block has
+        factor = _factor(margin, failure_probability, len(rows.dither))
+        float_unit = (n_groups + 24) * 2.0**-22  # sums of n_groups terms in 16 lanes, 2.5 ||w^|| ||x|| large
+        self._settings = np.array([margin, factor, threshold, planes, float_unit])
+        self._shape = n_neurons, n_groups
+        weights = (rows.coarse, rows.fine, rows.scales, rows.bias, rows.norms)
+        addresses = [
+            t.data_ptr() for t in (*weights, rows.coarse_error_norms, rows.fine_error_norms, rows.dither)
+        ]
+        fields = (0, n_neurons, n_groups, 0, 0, *addresses, 0, self._settings.ctypes.data)
+        self._block = np.array(fields + (0,) * (scoring.N_FIELDS - len(fields)), np.int64)
+        self._block[27] = scoring.kernel().address
+        self._layout = self._laid_out(1, 1)
+        self._pass_nbytes, self._row_nbytes = rows.nbytes_read(1, 0), rows.nbytes_read(0, 1)
+
+    def __call__(self, x: Tensor, *, needs_all: bool = False) -> Scored:
+        """As `candidates`.
+
+        needs_all: the last bound of every token is wanted, and `n_fine_rows` counts each token as if it were alone.
+            Else a neuron is done with once it is a candidate for one token.
+        """
+        n_neurons, _ = self._shape
+        n_tokens, hidden = x.shape
+        layout = self._layout
+        if (torch.get_num_threads(), n_tokens) != (layout.n_parts, layout.n_tokens):
+            layout = self._layout = self._laid_out(torch.get_num_threads(), n_tokens)
+        scratch = np.empty(layout.nbytes, np.uint8)
+        block = layout.block.copy()
+        block[4], block[13], block[18] = hidden, x.data_ptr(), needs_all
+        block[_IN_SCRATCH] += scratch.ctypes.data
+        threads.run_serial(scoring.team_kernel(), block)
+        n_found, n_fine_rows = scratch[:16].view(np.int64).tolist()
+        ids = scratch[layout.ids : layout.ids + 4 * n_found].view(np.uint32)
+        bounds = scratch[layout.bounds : layout.bounds + 4 * n_tokens * n_neurons].view(np.float32)
+        return Scored(ids, bounds.reshape(n_tokens, n_neurons), n_fine_rows)
+
+    def _laid_out(self, n_parts: int, n_tokens: int) -> "_Layout":
+        n_neurons, n_groups = self._shape
+        n_places = n_parts * n_tokens * n_groups
+        of_tokens = (2 * GROUP * n_places, 4 * LANES * n_places, *[8 * n_places] * 4, 16 * n_parts * n_tokens)
+        sizes = (16 * n_parts, 4 * n_tokens * n_neurons, 4 * n_neurons, *of_tokens, 8 * n_tokens * n_neurons)
+        counts, bounds, ids, *others, end = itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
+        block = self._block.copy()
+        block[0], block[3] = n_parts, n_tokens
+        block[_IN_SCRATCH] = (bounds, ids, counts, *others)
+        return _Layout(n_parts, n_tokens, block, end, bounds, ids)
+
+    def nbytes_read(self, n_passes: int, n_fine_rows: int) -> int:
+        """As `CodedRows.nbytes_read`."""
+        return n_passes * self._pass_nbytes + n_fine_rows * self._row_nbytes
+
+
+def _factor(margin: Margin, failure_probability: float, n_columns: int) -> float:
     """Of the margin in the fine plane; a step of the coarse plane is FINE_STEPS as wide."""
     if margin is Margin.CERTIFIED:
         return _MARGIN_SLACK
     # A dither in units of 2**-20 makes an error that is within a unit of a uniform one: by ||.||_1 <= sqrt(n) ||.||.
-    discreteness = DITHER_UNIT * np.sqrt(hidden)
+    discreteness = DITHER_UNIT * np.sqrt(n_columns)
     return float(np.sqrt(np.log(2 / failure_probability) / 6) + discreteness) * _MARGIN_SLACK
 
 

@@ -22,13 +22,14 @@ from sparseflow.kernels.intrinsics import (
     nibble_dot,
     uint32_at,
 )
-from sparseflow.kernels.threads import compile_kernel, team_rank, team_size
+from sparseflow.kernels.threads import compile_kernel, run_team, team_rank, team_size
 from sparseflow.store.codes import FINE_STEPS, GROUP, ROW_GROUP_WORDS
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _BIAS_SLACK = 2.0**-48  # float64 scores are rounded where the bias is added
 _UNDERFLOW_SLACK = 1e-30  # products of float32 scales that round to 0; a pre-activation this near to 0 is a candidate
+N_FIELDS = 28  # of the argument block
 _ROWS_AHEAD = 3  # how many rows before its turn a row is asked for
 
 
@@ -234,7 +235,7 @@ def _fine_pass(layer, tokens, settings, scores, bounds, found, n_open, needs_all
 def _score_part(block, part, n_parts):
     """Quantise the tokens, bound one part of the neurons, and list its candidates from its first neuron's place on.
 
-    block: as `bounds.score` lays it out.
+    block: as `bounds.Scorer` lays it out.
     """
     n_neurons, n_groups, n_tokens, hidden = block[1], block[2], block[3], block[4]
     layer = Layer(
@@ -263,9 +264,38 @@ def _score_part(block, part, n_parts):
     counts[2 * part], counts[2 * part + 1] = count, n_read
 
 
+@njit
+def _join(block):
+    """What the parts have found, one after the other from the first place on; both counts become the first part's."""
+    n_parts, n_neurons = block[0], block[1]
+    found, counts = uint32_at(block[16]), int64_at(block[17])
+    count = counts[0]
+    for part in range(1, n_parts):
+        first = n_neurons * part // n_parts
+        for k in range(counts[2 * part]):
+            found[count + k] = found[first + k]
+        count += counts[2 * part]
+        counts[1] += counts[2 * part + 1]
+    counts[0] = count
+
+
+@cache
+def team_kernel() -> Any:
+    """`kernel` on as many threads as there are parts, and what they found joined. Compiled on first use."""
+    digest = DIGEST
+
+    def score_by_team(args):
+        block = int64_at(args)
+        if digest:
+            run_team(block[27], args, block[0], 0)
+            _join(block)
+
+    return compile_kernel(score_by_team)
+
+
 @cache
 def kernel() -> Any:
-    """Compiled on first use. Its argument block is laid out in `bounds`."""
+    """Compiled on first use. Its argument block is laid out in `bounds.Scorer`."""
     digest = DIGEST
 
     def score_neurons(args):

@@ -26,12 +26,13 @@ from sparseflow.kernels.intrinsics import (
     to_float,
     uint32_at,
 )
-from sparseflow.kernels.threads import compile_kernel
+from sparseflow.kernels.threads import compile_kernel, run_team
 
 # Sums may be reordered into vectors; NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _PARTS_A_THREAD = 4
+_NEXT_PART = 13  # place of a counter in the argument block
 _PREFETCH_STEP = 32  # elements: a cache line of 16-bit weights
 
 
@@ -65,19 +66,21 @@ def _add_neurons(block, bundles):
     parts; which thread has which makes no difference to the sums.
 
     block: n_parts, n_neurons, n_tokens, hidden, bundles, stride (elements), slots (uint32), neuron ids (uint32),
-    fc1 bias, x, sums (zeros: n_parts x tokens x hidden), n_active (int64: n_parts), scratch (n_parts x 2 x hidden),
-    the next part to take (int64); float32 where not said.
+    fc1 bias, x, sums (n_parts x tokens x hidden), n_active (int64: n_parts), scratch (n_parts x 2 x hidden; of several
+    tokens only), the next part to take, fc2 bias, y, the address of this kernel, n_threads; float32 where not said.
     bundles: a pointer of the weights' type.
     """
     n_parts, n_neurons, n_tokens, hidden, stride = block[0], block[1], block[2], block[3], block[5]
     slots, ids, fc1_bias = uint32_at(block[6]), uint32_at(block[7]), float32_at(block[8])
     x, sums, n_active = float32_at(block[9]), float32_at(block[10]), int64_at(block[11])
     width = n_tokens * hidden
-    next_part = int64_at(block[13])
+    next_part = advance(block, _NEXT_PART)
     part = take_next(next_part)
     while part < n_parts:
         total = advance(sums, part * width)
         wide = advance(float32_at(block[12]), part * 2 * hidden)
+        for j in range(width):
+            total[j] = np.float32(0)
         count = 0
         end = n_neurons * (part + 1) // n_parts
         for n in range(n_neurons * part // n_parts, end):
@@ -95,6 +98,37 @@ def _add_neurons(block, bundles):
                 count += _add_neuron(advance(total, row), wide, bias, advance(x, row), hidden)
         n_active[part] = count
         part = take_next(next_part)
+
+
+@njit(fastmath=_FASTMATH)
+def _join(block):
+    """y = fc2's bias and the sums of all parts; all counts of active neurons become the first part's."""
+    n_parts, n_tokens, hidden = block[0], block[2], block[3]
+    sums, n_active, fc2_bias, y = float32_at(block[10]), int64_at(block[11]), float32_at(block[14]), float32_at(block[15])
+    width = n_tokens * hidden
+    for row in range(0, width, hidden):
+        for j in range(hidden):
+            y[row + j] = fc2_bias[j]
+    for part in range(n_parts):
+        of_part = advance(sums, part * width)
+        for j in range(width):
+            y[j] += of_part[j]
+    for part in range(1, n_parts):
+        n_active[0] += n_active[part]
+
+
+@cache
+def _team_kernel() -> Any:
+    """`_kernel` on several threads, and what they found added up. Compiled on first use."""
+    digest = DIGEST
+
+    def compute_by_team(args):
+        block = int64_at(args)
+        if digest:
+            run_team(block[16], args, block[17], 0)
+            _join(block)
+
+    return compile_kernel(compute_by_team)
 
 
 @cache
@@ -138,18 +172,18 @@ def sparse_mlp(
     n_tokens, hidden = x.shape
     n_threads = torch.get_num_threads()
     n_parts = n_threads * _PARTS_A_THREAD
-    sums = torch.zeros(n_parts, n_tokens, hidden)
-    n_active = np.zeros(n_parts, np.int64)
-    next_part = np.zeros(1, np.int64)
-    scratch = np.empty((n_parts, 2, hidden), np.float32)
+    y = torch.empty(n_tokens, hidden)
+    n_sums = n_parts * n_tokens * hidden
+    scratch = np.empty(8 * n_parts + 4 * n_sums + 8 * n_parts * hidden * (n_tokens > 1), np.uint8)
+    n_active = scratch.ctypes.data
+    sums = n_active + 8 * n_parts
     block = (
         *(n_parts, len(ids), n_tokens, hidden, bundles.data_ptr(), bundles.stride(0)),
-        *(slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr()),
-        *(x.data_ptr(), sums.data_ptr(), n_active.ctypes.data, scratch.ctypes.data),
-        next_part.ctypes.data,
+        *(slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr(), x.data_ptr(), sums, n_active, sums + 4 * n_sums, 0),
+        *(fc2_bias.data_ptr(), y.data_ptr(), _kernel(bundles.dtype).address, n_threads),
     )
-    threads.run(_kernel(bundles.dtype), np.array(block, np.int64), n_threads)
-    return SparseMLPOutput(sums.sum(0).add_(fc2_bias), int(n_active.sum()))
+    threads.run_serial(_team_kernel(), np.array(block, np.int64))
+    return SparseMLPOutput(y, int(scratch[:8].view(np.int64)[0]))
 
 
 def sparse_mlp_ref(

@@ -1,10 +1,13 @@
 """Keys and values appended where they lie, with room to spare; transformers' own cache copies all of them for a token."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_ROOM = "_sparseflow_room"  # attribute of a cache layer: the buffers that its keys and values are the beginning of
+_ROOM = "_sparseflow_room"  # attribute of a cache layer: what it held when it was last lengthened here, and in which buffers
 _LEAST_ROOM = 64  # positions
 _GROWTH = 4  # a buffer that is full grows by one part in so many
 
@@ -18,22 +21,22 @@ def append(cache: Cache, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor
     Returns:
         All keys and all values of the layer, the given ones last.
     """
-    length = key.shape[-2]
-    reserved = reserve(cache, layer, key, length)
+    length = key.shape[2]
+    reserved = reserve(cache, layer, key.shape, key.dtype)
     if reserved is None:
         updated: tuple[Tensor, Tensor] = cache.update(key, value, layer)
         return updated
     keys, values = reserved
-    keys[..., -length:, :] = key
-    values[..., -length:, :] = value
+    keys[:, :, -length:] = key
+    values[:, :, -length:] = value
     return keys, values
 
 
-def reserve(cache: Cache, layer: int, like: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
-    """Make so many positions more in one layer, for the caller to write.
+def reserve(cache: Cache, layer: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Make positions more in one layer, for the caller to write.
 
     Args:
-        like: (n_sequences, n_heads, any, head_dim), of the dtype to be held.
+        shape: of what will be appended, (n_sequences, n_heads, length, head_dim).
 
     Returns:
         All keys and all values of the layer; those of the last positions are not yet set. None for a cache that is not
@@ -43,26 +46,32 @@ def reserve(cache: Cache, layer: int, like: Tensor, length: int) -> tuple[Tensor
     if type(cache) is not DynamicCache or type(growing) is not DynamicLayer or cache.offloading:
         return None
     if not growing.is_initialized:
-        growing.lazy_initialization(like, like)
-    buffers = getattr(growing, _ROOM, (None, None))
-    growing.keys, keys = _lengthened(growing.keys, like, length, buffers[0])
-    growing.values, values = _lengthened(growing.values, like, length, buffers[1])
-    setattr(growing, _ROOM, (keys, values))
-    return growing.keys, growing.values
+        nothing = torch.empty(0, dtype=dtype)
+        growing.lazy_initialization(nothing, nothing)
+    room: _Room | None = getattr(growing, _ROOM, None)
+    before = growing.keys.shape[2] if growing.keys.numel() else 0
+    after = before + shape[2]
+    # Whoever has replaced what we left here (cropped, reordered, copied it) may still read what lies behind.
+    if room is None or growing.keys is not room.keys or growing.values is not room.values or after > room.length:
+        room = _Room(growing.keys, growing.values, before, after, shape, dtype)
+        setattr(growing, _ROOM, room)
+    room.keys, room.values = room.key_buffer[:, :, :after], room.value_buffer[:, :, :after]
+    growing.keys, growing.values = room.keys, room.values
+    return room.keys, room.values
 
 
-def _lengthened(held: Tensor, like: Tensor, length: int, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`held` and so many positions more, and the buffer in which they lie. held: may have no element yet."""
-    before = held.shape[-2] if held.numel() else 0
-    after = before + length
-    if buffer is None or after > buffer.shape[-2] or not _is_beginning(held, buffer):
-        n_sequences, n_heads, _, head_dim = like.shape
-        buffer = like.new_empty(n_sequences, n_heads, after + max(_LEAST_ROOM, after // _GROWTH), head_dim)
+class _Room:
+    """Buffers of one layer, and the beginnings of them that were handed out last."""
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, before: int, after: int, shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        """Room for `after` positions and some more, holding the `before` that there are."""
+        n_sequences, n_heads, _, head_dim = shape
+        self.length = after + max(_LEAST_ROOM, after // _GROWTH)
+        self.keys, self.values = keys, values
+        self.key_buffer = torch.empty(n_sequences, n_heads, self.length, head_dim, dtype=dtype)
+        self.value_buffer = torch.empty_like(self.key_buffer)
         if before:
-            buffer[:, :, :before] = held
-    return buffer[:, :, :after], buffer
-
-
-def _is_beginning(held: Tensor, buffer: Tensor) -> bool:
-    is_there = held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
-    return is_there and len(held) == len(buffer)
+            self.key_buffer[:, :, :before] = keys
+            self.value_buffer[:, :, :before] = values

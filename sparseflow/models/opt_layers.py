@@ -93,6 +93,9 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         self.self_attn = SparseOPTAttention(config, layer_idx)
         self.fc1: _Bias = _Bias(config.ffn_dim, config.enable_bias)
         self.fc2: _Bias = _Bias(config.hidden_size, config.enable_bias)
+        norms = (self.self_attn_layer_norm, self.final_layer_norm)
+        self.can_step = config.do_layer_norm_before and all(norm.weight is not None for norm in norms)
+        """Whether `AttentionStep` is made for such a layer."""
         self._step: AttentionStep | None = None
 
     @property
@@ -100,7 +103,6 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         """What stands between the residual stream and the MLP."""
         return self.final_layer_norm if self.do_layer_norm_before else self.self_attn_layer_norm
 
-    @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep
     def forward(
         self,
         hidden_states: Tensor,
@@ -109,17 +111,20 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         use_cache: bool | None = False,
         position_ids: Tensor | None = None,
         decoding: bool = False,
+        is_plain: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """(batch, length, hidden) to the same. `decoding` says under which phase the step is counted.
+        """(batch, length, hidden) to the same.
+
+        decoding: under which phase the step is counted. is_plain: one token, and nothing is asked for but the result.
 
         The residual stream is rounded to the model's dtype where transformers rounds it, and nothing else is.
         """
-        self.coordinator.hint(self.layer_idx, hidden_states.view(-1, self.embed_dim))
-        step = self._attention_step(hidden_states, attention_mask, past_key_values)
+        self.coordinator.hint(self.layer_idx, hidden_states)
+        step = self._attention_step(hidden_states, past_key_values) if is_plain and attention_mask is None else None
         stream, x = step or self._attend(hidden_states, attention_mask, past_key_values, **kwargs)
         y = self.coordinator.mlp(self.layer_idx, x, stream, decoding=decoding)
-        hidden_states = (stream + y).to(stream.dtype).view(hidden_states.shape)
+        hidden_states = torch.add(stream, y).to(stream.dtype).view(hidden_states.shape)
         if not self.do_layer_norm_before:
             hidden_states = widened_norm(self.final_layer_norm, hidden_states).to(stream.dtype)
         return hidden_states
@@ -138,28 +143,21 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         stream = widened_norm(self.self_attn_layer_norm, stream).to(dtype)
         return stream, stream.float()
 
-    def _attention_step(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """The same for one token in one call; None where it is not made for what is asked."""
-        if hidden_states.shape[:2] != (1, 1) or attention_mask is not None or past_key_values is None:
+    def _attention_step(self, hidden_states: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor] | None:
+        """The same for one token in one call; None where it is not made for such a layer or cache."""
+        if past_key_values is None or not self.can_step:
             return None
-        if self.self_attn.config._attn_implementation != "sdpa" or not self.can_step:
-            return None
-        attention = self.self_attn
-        like = attention.qkv_weight[None, :, :, 0, : attention.head_dim]  # (1, n_heads, 3, head_dim)
-        reserved = reserve(past_key_values, self.layer_idx, like, 1)
+        shape = (1, self.self_attn.num_heads, 1, self.self_attn.head_dim)
+        reserved = reserve(past_key_values, self.layer_idx, shape, hidden_states.dtype)
         if reserved is None:
             return None
         if self._step is None:
             self._step = self._made_step()
         return self._step(hidden_states, *reserved)
 
-    @property
-    def can_step(self) -> bool:
-        """Whether `AttentionStep` is made for such a layer."""
-        norms = (self.self_attn_layer_norm, self.final_layer_norm)
-        return self.do_layer_norm_before and all(norm.weight is not None for norm in norms)
+    def forget_weights(self) -> None:
+        """Let go of what shows the source's memory besides the parameters."""
+        self._step = None
 
     def _made_step(self) -> AttentionStep:
         attention, norm, mlp_norm = self.self_attn, self.self_attn_layer_norm, self.final_layer_norm

@@ -183,6 +183,8 @@ class SparseOPTForCausalLM(OPTForCausalLM):
     def close(self) -> None:
         """Give the weights back, and what the source holds. The model computes no more. May be called twice."""
         self.source.close()
+        for layer in self.model.decoder.layers:
+            layer.forget_weights()
         meta = {name: nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
                 for name, weight in self.named_parameters()}  # fmt: skip
         self.load_state_dict(meta, strict=False, assign=True)
@@ -209,6 +211,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         codes = counts.predictor_nbytes_per_layer * profile.num_layers
         return int(dense + codes + (counts.halves_share or 0) * profile.neurons_nbytes)
 
+    @torch.compiler.disable  # kernels are given addresses, which a tracer would not keep
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -243,6 +246,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             position_ids=position_ids,
             logits_to_keep=logits_to_keep,
             decoding=past > 0,
+            is_plain=given is not None and given.shape[:2] == (1, 1) and self.config._attn_implementation == "sdpa",
             **kwargs,
         )
 

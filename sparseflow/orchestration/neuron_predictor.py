@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
-from sparseflow.kernels.bounds import CodedRows, Margin, Scored, score
+from sparseflow.kernels.bounds import CodedRows, Margin, Scored, Scorer
 from sparseflow.store.profile import ModelProfile
 
 # Probability that one token misses any active neuron in any layer under `exact`.
@@ -71,19 +71,23 @@ class LayeredPredictor:
         self.kinds = kinds
         """What each layer's is."""
         self.fidelity = fidelity
-
-    @property
-    def nbytes_read(self) -> int:
-        """As `NeuronPredictor.nbytes_read`."""
-        return sum(layer.nbytes_read for layer in self._layers)
+        self.nbytes_read = 0
 
     def select(self, layer: int, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""
-        return self._layers[layer].select(x)
+        predictor = self._layers[layer]
+        before = predictor.nbytes_read
+        ids = predictor.select(x)
+        self.nbytes_read += predictor.nbytes_read - before
+        return ids
 
     def bounds(self, layer: int, x: Tensor) -> Tensor:
         """As `NeuronPredictor.bounds`."""
-        return self._layers[layer].bounds(x)
+        predictor = self._layers[layer]
+        before = predictor.nbytes_read
+        bounds = predictor.bounds(x)
+        self.nbytes_read += predictor.nbytes_read - before
+        return bounds
 
 
 class CodesOfLayer:
@@ -98,8 +102,7 @@ class CodesOfLayer:
             threshold: scales the margin; any value but 1.0 gives up the bound's promise.
             planes: of the codes, that may be read.
         """
-        self._rows = rows
-        self._how = margin, failure_probability, threshold, planes
+        self._scorer = Scorer(rows, margin, failure_probability, threshold, planes)
         self.nbytes_read = 0
 
     def select(self, x: Tensor) -> NDArray[np.uint32]:
@@ -108,11 +111,11 @@ class CodesOfLayer:
 
     def bounds(self, x: Tensor) -> Tensor:
         """As `NeuronPredictor.bounds`."""
-        return self._score(x, needs_all=True).bounds
+        return torch.from_numpy(self._score(x, needs_all=True).bounds)
 
     def _score(self, x: Tensor, *, needs_all: bool) -> Scored:
-        scored = score(self._rows, x, *self._how, needs_all=needs_all)
-        self.nbytes_read += self._rows.nbytes_read(len(x) if needs_all else 1, scored.n_fine_rows)
+        scored = self._scorer(x, needs_all=needs_all)
+        self.nbytes_read += self._scorer.nbytes_read(len(x) if needs_all else 1, scored.n_fine_rows)
         return scored
 
 

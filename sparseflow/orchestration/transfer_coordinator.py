@@ -129,8 +129,11 @@ class TransferCoordinator:
     def hint(self, layer: int, hidden: Tensor) -> None:
         """Before a layer's attention: start to read what MLPs may need, judged by what enters the layer.
 
-        hidden: (n_tokens, hidden), the residual stream.
+        hidden: (..., hidden), the residual stream.
         """
+        if self.lookahead.mode == "off":
+            return
+        hidden = hidden.reshape(-1, hidden.shape[-1])
         if self.lookahead.from_input:
             self._look_ahead(layer, hidden)
         elif self.lookahead.by_training and len(hidden) <= _TOKENS_AT_ONCE:
