@@ -240,9 +240,10 @@ class TransferCoordinator:
                 if is_last and self.lookahead.from_before:
                     self._look_ahead(layer + 1, hidden)
                 early, positions = fetch.early()
-                add(early, part[positions])
                 if len(positions) == len(part):
+                    add(early, part)
                     continue
+                add(early, part[positions])
                 is_late = np.ones(len(part), bool)
                 is_late[positions] = False
                 late = is_late.nonzero()[0]
