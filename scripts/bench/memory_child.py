@@ -32,33 +32,6 @@ class BenchError(Exception):
     """Arguments, or a process, with which nothing can be measured."""
 
 
-class MadeUpTokenizer:
-    """What CTranslate2's converter asks of a tokenizer, with a name for each id."""
-
-    bos_token, eos_token, unk_token = "</s>", "</s>", "<unk>"  # as OPT has them
-
-    def __init__(self, vocab_size: int) -> None:
-        special = ["<s>", "<pad>", "</s>", "<unk>"]
-        names = special + [f"token{i}" for i in range(len(special), vocab_size)]
-        self._ids = {name: i for i, name in enumerate(names)}
-
-    def get_vocab(self) -> dict[str, int]:
-        """Name -> id."""
-        return self._ids
-
-
-def convert(checkpoint: Path, out: Path, quantization: str) -> None:
-    """Make a CTranslate2 model whose weights are stored as `quantization`."""
-    from ctranslate2.converters import TransformersConverter
-
-    class Converter(TransformersConverter):
-        def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **kwargs: Any) -> MadeUpTokenizer:
-            vocab_size = json.loads((checkpoint / "config.json").read_bytes())["vocab_size"]
-            return MadeUpTokenizer(vocab_size)
-
-    Converter(str(checkpoint), low_cpu_mem_usage=True).convert(str(out), quantization=quantization)
-
-
 def prompt_ids(vocab_size: int, n_prompt: int, seed: int) -> list[int]:
     """The same for every rival and process. Drawn without numpy or torch."""
     draw = random.Random(seed)
@@ -187,7 +160,10 @@ def main() -> None:
     process.add_argument("--deadline-s", type=float, required=True)
     arguments = parser.parse_args()
     if arguments.command == "convert":
-        convert(arguments.checkpoint, arguments.out, arguments.quantization)
+        sys.path.append(str(Path(__file__).parents[2] / "sparseflow" / "bench"))
+        from child import convert_to_ctranslate2
+
+        convert_to_ctranslate2(arguments.checkpoint, arguments.out, arguments.quantization)
     else:
         run(arguments)
 

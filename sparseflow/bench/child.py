@@ -54,8 +54,9 @@ class Model(Protocol):
 class TorchModel:
     """Whatever has transformers' `forward`."""
 
-    def __init__(self, model: Any, cache: Any = None) -> None:
-        self.model, self._cache = model, cache
+    def __init__(self, model: Any, cache: Any = None, *, needs_mask: bool = False) -> None:
+        self.model, self._cache, self._needs_mask = model, cache, needs_mask
+        self._length = 0
 
     def first(self, prompt: list[int]) -> int:
         """As `Model.first`."""
@@ -68,13 +69,14 @@ class TorchModel:
     def _step(self, ids: list[int]) -> int:
         import torch
 
+        self._length += len(ids)
+        how: dict[str, Any] = {"logits_to_keep": 1} if hasattr(self.model, "lm_head") else {}
+        if self._needs_mask:
+            how["attention_mask"] = torch.ones(1, self._length, dtype=torch.int64)
         with torch.inference_mode():
-            output = self.model(torch.tensor([ids]), past_key_values=self._cache, use_cache=True, **self._only_last())
+            output = self.model(torch.tensor([ids]), past_key_values=self._cache, use_cache=True, **how)
         self._cache = output.past_key_values
         return int(output.logits[0, -1].argmax())
-
-    def _only_last(self) -> dict[str, int]:
-        return {"logits_to_keep": 1} if hasattr(self.model, "lm_head") else {}
 
 
 def load_transformers(settings: Settings, **how: Any) -> TorchModel:
@@ -152,6 +154,42 @@ def load_airllm(settings: Settings, gc: str = "stock") -> TorchModel:
     return TorchModel(model)
 
 
+class MadeUpTokenizer:
+    """What CTranslate2's converter asks of a tokenizer, with a name for each id: a synthetic checkpoint has none."""
+
+    bos_token, eos_token, unk_token = "</s>", "</s>", "<unk>"  # as OPT has them
+
+    def __init__(self, vocab_size: int) -> None:
+        special = ["<s>", "<pad>", "</s>", "<unk>"]
+        names = special + [f"token{i}" for i in range(len(special), vocab_size)]
+        self._ids = {name: i for i, name in enumerate(names)}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Name -> id."""
+        return self._ids
+
+
+def convert_to_ctranslate2(checkpoint: Path, out: Path, quantization: str = "float16") -> None:
+    """Make a CTranslate2 model whose weights are stored as `quantization`; it is loaded as any other."""
+    from ctranslate2.converters import TransformersConverter
+
+    class Converter(TransformersConverter):  # type: ignore[misc]
+        def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **kwargs: Any) -> MadeUpTokenizer:
+            return MadeUpTokenizer(json.loads((checkpoint / "config.json").read_bytes())["vocab_size"])
+
+    Converter(str(checkpoint), low_cpu_mem_usage=True).convert(str(out), quantization=quantization)
+
+
+def convert_to_onnx(checkpoint: Path, out: Path) -> None:
+    """Make an ONNX model."""
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    ORTModelForCausalLM.from_pretrained(checkpoint, export=True).save_pretrained(out)
+
+
+CONVERTERS = {"ctranslate2": convert_to_ctranslate2, "onnxruntime": convert_to_onnx}
+
+
 class CTranslate2Model:
     """CTranslate2 decodes what it likes best, all at once; a callback tells when each token was ready."""
 
@@ -201,7 +239,7 @@ def load_onnxruntime(settings: Settings) -> TorchModel:
     model = ORTModelForCausalLM.from_pretrained(
         settings["converted"]["onnxruntime"], session_options=options, provider="CPUExecutionProvider"
     )
-    return TorchModel(model)
+    return TorchModel(model, needs_mask=True)
 
 
 def load_sparseflow(settings: Settings, **options: str) -> TorchModel:
@@ -432,7 +470,13 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as parent:
         os.dup2(2, 1)
-        report = measure_machine(settings) if settings["peer"] == "machine" else run_case(settings) | memory_now()
+        if settings["peer"] == "machine":
+            report = measure_machine(settings)
+        elif settings.get("convert"):
+            CONVERTERS[settings["peer"]](Path(settings["checkpoint"]), Path(settings["converted"][settings["peer"]]))
+            report = {}
+        else:
+            report = run_case(settings) | memory_now()
         print(json.dumps(report | {"mapped_files": sorted(set(mapped_files()))}), file=parent, flush=True)
 
 

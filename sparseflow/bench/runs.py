@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseflow.bench.cases import PARTIAL, Case, layer_nbytes, partial_candidates
+from sparseflow.bench.child import CONVERTERS
 from sparseflow.bench.memory_cgroup import GroupParent, GroupUsage, MemoryGroup, drop_page_cache, swap_nbytes
 from sparseflow.errors import BadRequest
 from sparseflow.utils.sizes import format_size
@@ -67,10 +68,14 @@ class Bench:
         """
         self.conditions, self.parent = conditions, parent
         self._scratch, self._say = scratch, say
-        folders = [conditions.checkpoint, conditions.store, *map(Path, conditions.converted.values())]
-        self._weights = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
         self.libraries: list[Path] = []
         """Dropped from the page cache too, so that each run pays for its own."""
+
+    @property
+    def _weights(self) -> list[Path]:
+        conditions = self.conditions
+        folders = [conditions.checkpoint, conditions.store, *map(Path, conditions.converted.values())]
+        return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
 
     def run(self, case: Case, limit_nbytes: int | None = None, **replaced: Any) -> Run:
         """One run. `replaced`: settings other than the conditions'."""
@@ -92,6 +97,20 @@ class Bench:
         rate = f"{report['decode_tokens_per_s']:.3g} tokens/s, " if "decode_tokens_per_s" in report else ""
         self._say(f"{case.label}: {rate}{status}, {report['wall_s']:.0f} s")
         return report
+
+    def convert(self, peer: str) -> None:
+        """Make the folder that a peer reads, unless it is there.
+
+        Raises:
+            BadRequest: that failed.
+        """
+        folder = Path(self.conditions.converted.setdefault(peer, str(self._scratch / f"converted-{peer}")))
+        if peer not in CONVERTERS or folder.exists():
+            return
+        self._say(f"converting for {peer}: {folder}")
+        status, _, _ = self._finished(Case(peer), None, {"convert": True})
+        if status != "ok":
+            raise BadRequest(f"the model cannot be converted for {peer}: {status}")
 
     def _finished(
         self, case: Case, limit_nbytes: int | None, replaced: dict[str, Any]

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--partial-layers", type=number(int, 1), nargs="+", default=[], help="of partial offloads to try; else as fit"
     )
     parser.add_argument("--python", type=_pair, nargs="+", default=[], metavar="PEER=PATH", help="interpreter of a peer")
-    parser.add_argument("--converted", type=_pair, nargs="+", default=[], metavar="PEER=DIR", help="a peer's own model")
+    parser.add_argument("--converted", type=_pair, nargs="+", default=[], metavar="PEER=DIR", help="a peer's own model; made if missing")
     parser.add_argument("--quick", action="store_true", help="few tokens, one round: to see that it works")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there too")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
@@ -104,10 +104,9 @@ def _measured(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         converted={peer: str(Path(folder).resolve()) for peer, folder in arguments.converted},
     )
     cases = arguments.cases or [Case.parse(text) for text in (_UNLIMITED if limit is None else _LIMITED)]
-    for case in cases:
-        if case.needs_conversion and case.peer not in conditions.converted:
-            raise BadRequest(f"{case.label}: say where its model is, --converted {case.peer}=DIR")
     bench = Bench(conditions, _group_parent(limit), scratch, _say)
+    for peer in {case.peer for case in cases if case.needs_conversion}:
+        bench.convert(peer)
     machine = Machine(bench)
     n_rounds = 1 if arguments.quick else arguments.rounds
     runs, searched, base_nbytes = run_rounds(bench, cases, n_rounds, arguments.partial_layers, machine.measure)

@@ -21,6 +21,8 @@ from sparseflow.kernels.threads import compile_kernel
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _FEW_TOKENS = 32  # above, BLAS on widened tiles is faster
+_FEW_TOKENS_TRANSPOSED = 16
+_ROWS_AT_ONCE = 16  # of a transposed matrix, which stay in the cache for all tokens
 _TILE_ROWS = 512
 _PARTS_A_THREAD = 4
 _NEXT_PART = 10  # place of a counter in the argument block
@@ -35,8 +37,21 @@ def _dot(row, x, n_in):
 
 
 @njit(fastmath=_FASTMATH)
-def _four_dots(row, x, n_in):
-    """With four tokens at once, for which a weight is widened once."""
+def _dots_of_four_rows(row, stride, x, n_in):
+    """Four streams keep the memory busier than one; most where rows do not follow each other."""
+    second, third, fourth = advance(row, stride), advance(row, 2 * stride), advance(row, 3 * stride)
+    a = b = c = d = np.float32(0)
+    for j in range(n_in):
+        a += to_float(row[j]) * x[j]
+        b += to_float(second[j]) * x[j]
+        c += to_float(third[j]) * x[j]
+        d += to_float(fourth[j]) * x[j]
+    return a, b, c, d
+
+
+@njit(fastmath=_FASTMATH)
+def _dots_of_four_tokens(row, x, n_in):
+    """A weight is widened once for four."""
     second, third, fourth = advance(x, n_in), advance(x, 2 * n_in), advance(x, 3 * n_in)
     a = b = c = d = np.float32(0)
     for j in range(n_in):
@@ -49,6 +64,19 @@ def _four_dots(row, x, n_in):
 
 
 @njit(fastmath=_FASTMATH)
+def _row_products(row, x, n_in, n_tokens, y, n_out):
+    """One row and all tokens. y: n_out elements from token to token."""
+    t = np.int64(0)
+    while t + 4 <= n_tokens:
+        a, b, c, d = _dots_of_four_tokens(row, advance(x, t * n_in), n_in)
+        y[t * n_out], y[(t + 1) * n_out], y[(t + 2) * n_out], y[(t + 3) * n_out] = a, b, c, d
+        t += 4
+    while t < n_tokens:
+        y[t * n_out] = _dot(row, advance(x, t * n_in), n_in)
+        t += 1
+
+
+@njit(fastmath=_FASTMATH)
 def _products(block, weight, bias):
     """Each thread takes one part of the rows after the other.
 
@@ -58,20 +86,82 @@ def _products(block, weight, bias):
     x, y, next_part = float32_at(block[8]), float32_at(block[9]), advance(block, _NEXT_PART)
     part = take_next(next_part)
     while part < n_parts:
-        for i in range(n_out * part // n_parts, n_out * (part + 1) // n_parts):
-            row = advance(weight, i * stride)
-            start = to_float(bias[i]) if has_bias else np.float32(0)
-            t = np.int64(0)
-            while t + 4 <= n_tokens:
-                a, b, c, d = _four_dots(row, advance(x, t * n_in), n_in)
-                place = t * n_out + i
-                y[place], y[place + n_out] = start + a, start + b
-                y[place + 2 * n_out], y[place + 3 * n_out] = start + c, start + d
-                t += 4
-            while t < n_tokens:
-                y[t * n_out + i] = start + _dot(row, advance(x, t * n_in), n_in)
-                t += 1
+        i, last = n_out * part // n_parts, n_out * (part + 1) // n_parts
+        while n_tokens == 1 and i + 4 <= last:
+            y[i], y[i + 1], y[i + 2], y[i + 3] = _dots_of_four_rows(advance(weight, i * stride), stride, x, n_in)
+            i += 4
+        for row in range(i, last):
+            _row_products(advance(weight, row * stride), x, n_in, n_tokens, advance(y, row), n_out)
+        if has_bias:
+            for t in range(n_tokens):
+                for row in range(n_out * part // n_parts, last):
+                    y[t * n_out + row] += to_float(bias[row])
         part = take_next(next_part)
+
+
+@njit(fastmath=_FASTMATH)
+def _add_rows(weight, stride, x, n_rows, n_out, total):
+    """total += sum over rows of x[row] * weight[row]; four at once, so that `total` is read and written less often."""
+    i = 0
+    while i + 4 <= n_rows:
+        first = advance(weight, i * stride)
+        second, third, fourth = advance(first, stride), advance(first, 2 * stride), advance(first, 3 * stride)
+        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+        for j in range(n_out):
+            total[j] += (a * to_float(first[j]) + b * to_float(second[j])) + (
+                c * to_float(third[j]) + d * to_float(fourth[j])
+            )
+        i += 4
+    while i < n_rows:
+        row = advance(weight, i * stride)
+        for j in range(n_out):
+            total[j] += x[i] * to_float(row[j])
+        i += 1
+
+
+@njit(fastmath=_FASTMATH)
+def _transposed_products(block, weight):
+    """Each thread takes one part of the rows after the other, and adds up each part apart.
+
+    block: as `linear_transposed` lays it out. weight: pointer of the weights' type.
+    """
+    n_parts, n_in, n_out, n_tokens, stride = block[0], block[1], block[2], block[3], block[5]
+    x, sums, next_part = float32_at(block[8]), float32_at(block[9]), advance(block, _NEXT_PART)
+    part = take_next(next_part)
+    while part < n_parts:
+        first, last = n_in * part // n_parts, n_in * (part + 1) // n_parts
+        totals = advance(sums, part * n_tokens * n_out)
+        for j in range(n_tokens * n_out):
+            totals[j] = np.float32(0)
+        for start in range(first, last, _ROWS_AT_ONCE):
+            n_rows = min(_ROWS_AT_ONCE, last - start)
+            rows = advance(weight, start * stride)
+            for t in range(n_tokens):
+                _add_rows(rows, stride, advance(x, t * n_in + start), n_rows, n_out, advance(totals, t * n_out))
+        part = take_next(next_part)
+
+
+@cache
+def _transposed_kernel(dtype: torch.dtype) -> Any:
+    """Compiled on first use."""
+    digest = DIGEST
+
+    def float16(args):
+        block = int64_at(args)
+        if digest:
+            _transposed_products(block, half_at(block[4]))
+
+    def bfloat16(args):
+        block = int64_at(args)
+        if digest:
+            _transposed_products(block, bfloat_at(block[4]))
+
+    def float32(args):
+        block = int64_at(args)
+        if digest:
+            _transposed_products(block, float32_at(block[4]))
+
+    return compile_kernel({torch.float16: float16, torch.bfloat16: bfloat16, torch.float32: float32}[dtype])
 
 
 @cache
@@ -145,18 +235,32 @@ def linear_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
     Args:
         x: (n_tokens, n_in), float16, bfloat16 or float32.
-        weight: (n_in, n_out) of those dtypes.
+        weight: (n_in, n_out) of those dtypes; rows contiguous, any stride between them.
         bias: (n_out,), dtype of the weights; None: zeros.
 
     Returns:
         (n_tokens, n_out) float32.
     """
-    y = torch.zeros(len(x), weight.shape[1]) if bias is None else bias.float().repeat(len(x), 1)
-    wide = x.float()
+    if len(x) > _FEW_TOKENS_TRANSPOSED:
+        y = _transposed_by_tiles(x.float(), weight)
+    else:
+        n_in, n_out = weight.shape
+        wide = x.float().contiguous()
+        n_threads = torch.get_num_threads()
+        sums = torch.empty(n_threads * _PARTS_A_THREAD, len(x), n_out)
+        sizes = (len(sums), n_in, n_out, len(x))
+        block = (*sizes, weight.data_ptr(), weight.stride(0), 0, 0, wide.data_ptr(), sums.data_ptr(), 0)
+        threads.run(_transposed_kernel(weight.dtype), np.array(block, np.int64), n_threads)
+        y = sums.sum(0)
+    return y if bias is None else y.add_(bias)
+
+
+def _transposed_by_tiles(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype is torch.float32:
-        return y.addmm_(wide, weight)
+        return x @ weight
+    y = torch.zeros(len(x), weight.shape[1])
     tile = torch.empty(_TILE_ROWS, weight.shape[1])
-    for rows, columns in zip(weight.split(_TILE_ROWS), wide.split(_TILE_ROWS, dim=1), strict=True):
+    for rows, columns in zip(weight.split(_TILE_ROWS), x.split(_TILE_ROWS, dim=1), strict=True):
         y.addmm_(columns, tile[: len(rows)].copy_(rows))
     return y
 

@@ -21,7 +21,6 @@ from sparseflow.kernels.intrinsics import (
     float32_at,
     half_at,
     int64_at,
-    prefetch,
     take_next,
     to_float,
     uint32_at,
@@ -33,7 +32,6 @@ _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _PARTS_A_THREAD = 4
 _NEXT_PART = 13  # place of a counter in the argument block
-_PREFETCH_STEP = 32  # elements: a cache line of 16-bit weights
 
 
 class SparseMLPOutput(NamedTuple):
@@ -56,6 +54,51 @@ def _add_neuron(total, bundle, bias, x, hidden):
     for j in range(hidden):
         total[j] += h * to_float(column[j])
     return 1
+
+
+@njit(fastmath=_FASTMATH)
+def _four_dots(first, second, third, fourth, x, hidden):
+    a = b = c = d = np.float32(0)
+    for j in range(hidden):
+        a += to_float(first[j]) * x[j]
+        b += to_float(second[j]) * x[j]
+        c += to_float(third[j]) * x[j]
+        d += to_float(fourth[j]) * x[j]
+    return a, b, c, d
+
+
+@njit(fastmath=_FASTMATH)
+def _add_column(total, column, h, hidden):
+    for j in range(hidden):
+        total[j] += h * to_float(column[j])
+
+
+@njit(fastmath=_FASTMATH)
+def _add_four(total, bundles, stride, slots, ids, fc1_bias, x, hidden):
+    """As `_add_neuron` for four at once: bundles lie anywhere, and four streams keep the memory busier than one."""
+    first, second = advance(bundles, np.int64(slots[0]) * stride), advance(bundles, np.int64(slots[1]) * stride)
+    third, fourth = advance(bundles, np.int64(slots[2]) * stride), advance(bundles, np.int64(slots[3]) * stride)
+    a, b, c, d = _four_dots(first, second, third, fourth, x, hidden)
+    a, b = a + fc1_bias[ids[0]], b + fc1_bias[ids[1]]
+    c, d = c + fc1_bias[ids[2]], d + fc1_bias[ids[3]]
+    first, second = advance(first, hidden), advance(second, hidden)
+    third, fourth = advance(third, hidden), advance(fourth, hidden)
+    count = (not a <= 0) + (not b <= 0) + (not c <= 0) + (not d <= 0)
+    if count == 4:
+        for j in range(hidden):
+            total[j] += (a * to_float(first[j]) + b * to_float(second[j])) + (
+                c * to_float(third[j]) + d * to_float(fourth[j])
+            )
+        return 4
+    if not a <= 0:
+        _add_column(total, first, a, hidden)
+    if not b <= 0:
+        _add_column(total, second, b, hidden)
+    if not c <= 0:
+        _add_column(total, third, c, hidden)
+    if not d <= 0:
+        _add_column(total, fourth, d, hidden)
+    return count
 
 
 @njit(fastmath=_FASTMATH)
@@ -83,12 +126,13 @@ def _add_neurons(block, bundles):
             total[j] = np.float32(0)
         count = 0
         end = n_neurons * (part + 1) // n_parts
-        for n in range(n_neurons * part // n_parts, end):
-            bundle = advance(bundles, np.int64(slots[n]) * stride)
-            following = advance(bundles, np.int64(slots[min(n + 1, end - 1)]) * stride)
-            for j in range(0, hidden, _PREFETCH_STEP):
-                prefetch(advance(following, j))
-            bias = fc1_bias[ids[n]]
+        n = n_neurons * part // n_parts
+        while n_tokens == 1 and n + 4 <= end:
+            count += _add_four(total, bundles, stride, advance(slots, n), advance(ids, n), fc1_bias, x, hidden)
+            n += 4
+        for neuron in range(n, end):
+            bundle = advance(bundles, np.int64(slots[neuron]) * stride)
+            bias = fc1_bias[ids[neuron]]
             if n_tokens == 1:
                 count += _add_neuron(total, bundle, bias, x, hidden)
                 continue

@@ -178,14 +178,6 @@ def test_server_that_does_not_start_is_reported(bench: Bench) -> None:
     assert not bench._marked()
 
 
-def test_every_id_has_a_made_up_name() -> None:
-    ids = memory_child.MadeUpTokenizer(128).get_vocab()
-    assert sorted(ids.values()) == list(range(128))
-    assert [name for name, _ in sorted(ids.items(), key=lambda item: item[1])][:5] == [
-        "<s>", "<pad>", "</s>", "<unk>", "token4",
-    ]  # fmt: skip
-
-
 def test_processes_of_transformers_share_a_small_model(
     family_checkpoint: Callable[..., Path], family_store: Callable[..., Path]
 ) -> None:
