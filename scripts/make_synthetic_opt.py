@@ -31,9 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, OPTConfig, OPTModel
+from transformers import GenerationConfig, OPTConfig, OPTModel, PreTrainedTokenizerFast
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from sparseflow.core.checkpoint import Checkpoint
@@ -43,10 +46,11 @@ from sparseflow.store.profile import DTYPE_NBYTES
 from sparseflow.store.shard_format import DTYPE_CODES, TensorFileWriter, TensorSpec, file_nbytes
 from sparseflow.utils.sizes import format_size
 
-RECIPE_VERSION = 1  # a store half made by another version starts again
+RECIPE_VERSION = 2  # a store half made by another version starts again
 FIRST_LAYER_SHARE, LAST_LAYER_SHARE = 0.01, 0.1
 HIGHEST_FREQUENCY = 0.95
-FIRST_ORDINARY_ID = 4  # <s>, <pad>, </s> and <unk> come first
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+FIRST_ORDINARY_ID = len(SPECIAL_TOKENS)
 
 # Standard deviations and variances, the embedding of a token being 1. What a layer reads is normalised, so each matrix
 # that reads it has 1 / sqrt(hidden), which gives queries, keys, values and pre-activations of 1. The residual stream
@@ -279,8 +283,30 @@ def calibrate(recipe: Recipe, sizes: Mapping[str, torch.Size]) -> Calibration:
     return Calibration(biases, activities)
 
 
+def made_up_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A word for each id, so that what reads text can be given some."""
+    names = [*SPECIAL_TOKENS, *map(word, range(FIRST_ORDINARY_ID, vocab_size))]
+    tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def word(token: int) -> str:
+    """What an ordinary token is called."""
+    return f"token{token}"
+
+
+def write_text(path: Path, vocab_size: int, n_tokens: int, seed: int) -> None:
+    """Random words."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(FIRST_ORDINARY_ID, vocab_size, (n_tokens,), generator=generator)
+    path.write_text(" ".join(map(word, ids.tolist())), encoding="utf-8")
+
+
 class SyntheticCheckpoint(Checkpoint):
-    """A checkpoint that is computed tensor by tensor. Its folder holds config.json and generation_config.json only."""
+    """A checkpoint that is computed tensor by tensor. Its folder holds configuration and tokenizer only."""
 
     def __init__(self, recipe: Recipe, folder: Path, name: str) -> None:
         self.recipe, self.folder, self.name = recipe, folder, name
@@ -290,6 +316,7 @@ class SyntheticCheckpoint(Checkpoint):
         self.sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.config.save_pretrained(folder)
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        made_up_tokenizer(self.config.vocab_size).save_pretrained(folder)
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -428,6 +455,8 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = Recipe(PRESETS[preset], arguments.seed, arguments.dtype)
     make = make_store if arguments.store else make_folder
     result = summary(make(recipe, out, f"synthetic-{preset}"))
+    if arguments.text:
+        write_text(out.with_name(out.name + ".txt"), recipe.shape.vocab, arguments.text, recipe.seed)
     costs = {
         "seconds": time.monotonic() - started_s,
         "peak_memory_nbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -450,6 +479,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--store", action="store_true", help="write a SparseFlow store, not a transformers folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPE_NBYTES, default="float16")
+    parser.add_argument(
+        "--text", type=int, metavar="TOKENS", help="write so many random words to DIR.txt, to calibrate on"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     try:
         run(parser.parse_args(argv))

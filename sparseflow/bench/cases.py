@@ -83,9 +83,7 @@ def partial_candidates(given: Sequence[int], sizes: Sequence[int], room_nbytes: 
     mapped: Iterable[int] = given or (n_fitting, len(layers))
     tried = [(n, "yes") for n in copied] + [(n, "no") for n in mapped]
     candidates = [
-        Case("device_map", (f"layers={n}", f"copied={way}"))
-        for n, way in dict.fromkeys(tried)
-        if 0 < n <= len(layers)
+        Case("device_map", (f"layers={n}", f"copied={way}")) for n, way in dict.fromkeys(tried) if 0 < n <= len(layers)
     ]
     if not candidates:
         raise BadRequest(

@@ -1,11 +1,12 @@
 """One case of the benchmark, in a process of its own: load a model, read a prompt, decode, report.
 
-Run by its path with one JSON object as argument. It imports nothing of SparseFlow but for cases that run it, so a peer's
-case can run in an environment of that peer's own.
+Run by its path with one JSON object as argument. It imports nothing of SparseFlow but for cases that run it, so that a
+peer's case can run in an environment of that peer's own.
 """
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import re
@@ -134,7 +135,7 @@ def load_airllm(settings: Settings, gc: str = "stock") -> TorchModel:
     if gc == "stubbed":
         airllm.clean_memory = lambda: None
 
-    class AirLLMOPT(airllm.AirLLMBaseModel):  # type: ignore[misc, name-defined]
+    class AirLLMOPT(airllm.AirLLMBaseModel):
         def set_layer_names_dict(self) -> None:
             self.layer_names_dict = {
                 "embed": "model.decoder.embed_tokens",
@@ -173,7 +174,7 @@ def convert_to_ctranslate2(checkpoint: Path, out: Path, quantization: str = "flo
     """Make a CTranslate2 model whose weights are stored as `quantization`; it is loaded as any other."""
     from ctranslate2.converters import TransformersConverter
 
-    class Converter(TransformersConverter):  # type: ignore[misc]
+    class Converter(TransformersConverter):
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **kwargs: Any) -> MadeUpTokenizer:
             return MadeUpTokenizer(json.loads((checkpoint / "config.json").read_bytes())["vocab_size"])
 
@@ -263,7 +264,8 @@ def load_sparseflow(settings: Settings, **options: str) -> TorchModel:
         io=options.get("io", "auto"),
         fidelity=options.get("fidelity", "exact"),
     )
-    model.coordinator.lookahead.mode = options.get("lookahead", model.coordinator.lookahead.mode)
+    if "lookahead" in options:
+        model.coordinator.lookahead.mode = options["lookahead"]  # type: ignore[assignment]
     return TorchModel(model, DynamicCache(config=model.config))
 
 
@@ -297,7 +299,7 @@ def memory_now() -> dict[str, int]:
 
 
 def evict(paths: Sequence[str]) -> None:
-    """Take files out of memory, also where they are mapped here: what stands for a limit where no cgroup can be made."""
+    """Take files out of memory, mapped here or not: what stands for a limit where no cgroup can be made."""
     libc, wanted = ctypes.CDLL(None), set(paths)
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)
@@ -385,7 +387,7 @@ def decode_own(model: CTranslate2Model, settings: Settings) -> dict[str, Any]:
         "bytes_from_disk_per_token": (read_nbytes() - nbytes) / len(times),
         "bytes_from_disk_per_s": (read_nbytes() - nbytes) / (times[-1] - start),
         "cpu_s_per_token": (time.process_time() - cpu_start) / len(times),
-        "step_s": [after - before for before, after in zip(times, times[1:], strict=False)],
+        "step_s": [after - before for before, after in itertools.pairwise(times)],
         "likeliest": model.likeliest(prompt + tokens, len(prompt) - 1),
         "own_tokens": True,
     }

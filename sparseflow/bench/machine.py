@@ -3,7 +3,6 @@
 import json
 import mmap
 import statistics
-from pathlib import Path
 from typing import Any
 
 from sparseflow.bench.cases import Case

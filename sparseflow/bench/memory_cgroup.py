@@ -182,7 +182,7 @@ def find_group_parent() -> GroupParent:
 
 def _candidates() -> Iterator[GroupParent]:
     """This process's own group and those above it, up to the mount: v1's memory hierarchy first, then v2's."""
-    own = {}  # controllers -> path
+    own: dict[str, str] = {}  # controllers -> path
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         own |= dict.fromkeys(controllers.split(","), path.strip("/"))

@@ -139,7 +139,8 @@ def format_conditions(result: dict[str, Any]) -> str:
     if machine["random_bytes_per_s"]:
         text[1] += (
             f"; the disk {_rates(machine['random_bytes_per_s'], 1e6, 'MB/s')} in {machine['random_block_nbytes']} "
-            f"bytes from random places ({machine['disk']}), {_rates(machine['large_bytes_per_s'], 1e6, 'MB/s')} in 1 MiB"
+            f"bytes from random places ({machine['disk']}), "
+            f"{_rates(machine['large_bytes_per_s'], 1e6, 'MB/s')} in 1 MiB"
         )
     if result["base_nbytes"]:
         taken = ", ".join(f"{format_size(nbytes)} with {peer}" for peer, nbytes in result["base_nbytes"].items())

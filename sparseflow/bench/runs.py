@@ -1,7 +1,8 @@
 """Runs cases in turn, each in a process of its own, all under the same conditions.
 
-With a limit, each run has a fresh memory cgroup, which counts page cache too; where none can be made, the weights' files
-are taken out of memory before every token instead. Files to be read cold are dropped from the page cache before each run.
+With a limit, each run has a fresh memory cgroup, which counts page cache too; where none can be made, the weights'
+files are taken out of memory before every token instead. Files to be read cold are dropped from the page cache before
+each run.
 """
 
 import json
@@ -243,7 +244,8 @@ def run_rounds(
         The runs; those of the search for the best partial offload; and what libraries take under a limit.
     """
     base_nbytes = give_memory(bench)
-    cases, searched = list(cases), []
+    cases = list(cases)
+    searched: list[Run] = []
     if Case(PARTIAL) in cases:
         searched, best = search_partial(bench, given_layers, base_nbytes)
         cases[cases.index(Case(PARTIAL))] = best

@@ -55,8 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partial-layers", type=number(int, 1), nargs="+", default=[], help="of partial offloads to try; else as fit"
     )
-    parser.add_argument("--python", type=_pair, nargs="+", default=[], metavar="PEER=PATH", help="interpreter of a peer")
-    parser.add_argument("--converted", type=_pair, nargs="+", default=[], metavar="PEER=DIR", help="a peer's own model; made if missing")
+    parser.add_argument(
+        "--python", type=_pair, nargs="+", default=[], metavar="PEER=PATH", help="interpreter of a peer"
+    )
+    parser.add_argument(
+        "--converted", type=_pair, nargs="+", default=[], metavar="PEER=DIR", help="a peer's own model; made if missing"
+    )
     parser.add_argument("--quick", action="store_true", help="few tokens, one round: to see that it works")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there too")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")

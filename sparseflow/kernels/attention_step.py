@@ -1,8 +1,8 @@
 """A decoder layer up to its MLP, for one token, in one call: norm, q-k-v, attention, output, residual, norm.
 
-Between two products of a token lies little to compute, and Python, whose data the weights have thrown out of the caches
-meanwhile, takes longer for it than the machine. So the small parts are computed here, one after the other on the calling
-thread, and the products and the attention are started from here on all threads.
+Between two products of a token lies little to compute, and Python, whose data the weights have thrown out of the
+caches meanwhile, takes longer for it than the machine. So the small parts are computed here, one after the other on the
+calling thread, and the products and the attention are started from here on all threads.
 
 Only for layers whose norms stand before attention and MLP (all OPT but 350m); `models.opt_layers` has the same in
 parts, for any layer and any number of tokens, which is also the slow twin.
@@ -78,9 +78,7 @@ def _layer(block, residual, norm, norm_bias, mlp_norm, mlp_norm_bias, keys, valu
     """block: as `AttentionStep` lays it out. Pointers of the weights' type."""
     hidden, n_heads, head_dim, n_threads = block[0], block[1], block[2], block[3]
     numbers = float32_at(block[4])
-    x, qkv, query, attended, y = (
-        float32_at(block[14]), float32_at(block[15]), float32_at(block[16]), float32_at(block[17]), float32_at(block[18]),
-    )  # fmt: skip
+    x, qkv, query, y = float32_at(block[14]), float32_at(block[15]), float32_at(block[16]), float32_at(block[17])
     _normalise(residual, norm, norm_bias, numbers[0], hidden, x)
     run_team(block[19], block[22] + 8 * _QKV, n_threads, 0)
     position = block[_ATTEND + 2] - 1
@@ -173,7 +171,7 @@ class AttentionStep:
         query, attended, y, scores = (qkv + 4 * hidden * n for n in (3, 4, 5, 6))
         block = self._block.copy()
         block[5] = residual.data_ptr()
-        block[13:19] = stream.data_ptr(), x.data_ptr(), qkv, query, attended, y
+        block[13:18] = stream.data_ptr(), x.data_ptr(), qkv, query, y
         block[22] = block.ctypes.data
         block[_QKV + 8 : _QKV + 10] = x.data_ptr(), qkv
         block[_OUT + 8 : _OUT + 10] = attended, y

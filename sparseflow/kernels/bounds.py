@@ -135,9 +135,7 @@ class Scorer:
         self._settings = np.array([margin, factor, threshold, planes, float_unit])
         self._shape = n_neurons, n_groups
         weights = (rows.coarse, rows.fine, rows.scales, rows.bias, rows.norms)
-        addresses = [
-            t.data_ptr() for t in (*weights, rows.coarse_error_norms, rows.fine_error_norms, rows.dither)
-        ]
+        addresses = [t.data_ptr() for t in (*weights, rows.coarse_error_norms, rows.fine_error_norms, rows.dither)]
         fields = (0, n_neurons, n_groups, 0, 0, *addresses, 0, self._settings.ctypes.data)
         self._block = np.array(fields + (0,) * (scoring.N_FIELDS - len(fields)), np.int64)
         self._block[27] = scoring.kernel().address

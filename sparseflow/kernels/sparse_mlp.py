@@ -148,7 +148,12 @@ def _add_neurons(block, bundles):
 def _join(block):
     """y = fc2's bias and the sums of all parts; all counts of active neurons become the first part's."""
     n_parts, n_tokens, hidden = block[0], block[2], block[3]
-    sums, n_active, fc2_bias, y = float32_at(block[10]), int64_at(block[11]), float32_at(block[14]), float32_at(block[15])
+    sums, n_active, fc2_bias, y = (
+        float32_at(block[10]),
+        int64_at(block[11]),
+        float32_at(block[14]),
+        float32_at(block[15]),
+    )
     width = n_tokens * hidden
     for row in range(0, width, hidden):
         for j in range(hidden):

@@ -26,7 +26,7 @@ _SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 # A kernel's one argument: the address of its int64 argument block.
 KERNEL_SIGNATURE: Signature = types.void(types.intp)
 
-# From within a kernel: call another, by its address, on so many threads, and wait for all: (kernel, args, n_threads, 0).
+# From within a kernel: call another, by its address, on so many threads and wait for all: (kernel, args, n_threads, 0).
 run_team = types.ExternalFunction("GOMP_parallel", types.void(types.intp, types.intp, types.uint32, types.uint32))
 team_rank = types.ExternalFunction("omp_get_thread_num", types.intc())
 team_size = types.ExternalFunction("omp_get_num_threads", types.intc())

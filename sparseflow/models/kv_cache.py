@@ -1,4 +1,4 @@
-"""Keys and values appended where they lie, with room to spare; transformers' own cache copies all of them for a token."""
+"""Keys and values appended where they lie, with room to spare: transformers' cache copies all of them for a token."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_ROOM = "_sparseflow_room"  # attribute of a cache layer: what it held when it was last lengthened here, and in which buffers
+_ROOM = "_sparseflow_room"  # attribute of a cache layer: its `_Room`
 _LEAST_ROOM = 64  # positions
 _GROWTH = 4  # a buffer that is full grows by one part in so many
 
@@ -42,8 +42,10 @@ def reserve(cache: Cache, layer: int, shape: Sequence[int], dtype: torch.dtype) 
         All keys and all values of the layer; those of the last positions are not yet set. None for a cache that is not
         a `DynamicCache` in this memory: any other keeps what it holds in its own way.
     """
-    growing = cache.layers[layer] if layer < len(cache.layers) else None
-    if type(cache) is not DynamicCache or type(growing) is not DynamicLayer or cache.offloading:
+    if type(cache) is not DynamicCache or cache.offloading or layer >= len(cache.layers):
+        return None
+    growing = cache.layers[layer]
+    if type(growing) is not DynamicLayer:
         return None
     if not growing.is_initialized:
         nothing = torch.empty(0, dtype=dtype)

@@ -63,7 +63,7 @@ class SparseOPTAttention(OPTAttention):
     def _attend_by(
         self, implementation: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As transformers does it; torch's sdpa takes float32, for on a CPU 16 bits take it two to five times as long."""
+        """As transformers does it. torch's sdpa gets float32: on a CPU 16 bits take it two to five times as long."""
         attend_by = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation == "sdpa":
             key, value = key.float(), value.float()

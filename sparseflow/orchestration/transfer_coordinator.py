@@ -175,9 +175,7 @@ class TransferCoordinator:
                     self._fetches_since_last_step()  # what was read for that is no step's
         return y
 
-    def _computed(
-        self, layer: int, ids: NDArray[np.uint32] | None, x: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, int]:
+    def _computed(self, layer: int, ids: NDArray[np.uint32] | None, x: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
         """Once more where a server with a smaller arena has taken the place of the one that the step began with."""
         while True:
             limit = self.source.fetch_limit

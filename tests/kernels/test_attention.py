@@ -18,7 +18,9 @@ def normal(rng: np.random.Generator, *shape: int, dtype: torch.dtype = torch.flo
 
 
 @all_dtypes
-@pytest.mark.parametrize(("n_sequences", "n_heads", "length", "head_dim"), [(1, 1, 1, 1), (3, 2, 9, 7), (1, 4, 300, 64)])
+@pytest.mark.parametrize(
+    ("n_sequences", "n_heads", "length", "head_dim"), [(1, 1, 1, 1), (3, 2, 9, 7), (1, 4, 300, 64)]
+)
 def test_attention_agrees_with_float64(
     rng: np.random.Generator, dtype: torch.dtype, n_sequences: int, n_heads: int, length: int, head_dim: int
 ) -> None:

@@ -50,8 +50,8 @@ def test_most_tokens_move_nothing() -> None:
 @pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "reset"])
 def test_changed_between(caches: tuple[DynamicCache, DynamicCache], change: str) -> None:
     """What holds the cache may crop it (prompt lookup), reorder it (beams), and go on."""
-    for given in [new(6, 3) for _ in range(2)]:
-        for n_times in range(2):
+    for given in (new(6, 3), new(6, 3)):
+        for _ in range(2):
             for cache, way in zip(caches, (append, lambda cache, layer, *kv: cache.update(*kv, layer)), strict=True):
                 for layer in range(2):
                     way(cache, layer, *given)

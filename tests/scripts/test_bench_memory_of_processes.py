@@ -17,7 +17,6 @@ from child_process import run_python
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 sys.path.append(str(BENCH))
 
-import memory_child  # noqa: E402
 import memory_of_processes  # noqa: E402
 from memory_child import BenchError, Child  # noqa: E402
 from memory_of_processes import Bench, Memory, Moment, Rival  # noqa: E402

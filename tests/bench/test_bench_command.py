@@ -1,0 +1,91 @@
+"""`sparseflow bench --quick`: real processes, and every derived figure is what its parts give."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+from child_process import run_python
+
+MAIN = "import sys; from sparseflow.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_quick_mode_adds_up(tmp_path: Path) -> None:
+    cases = ("transformers", "sparseflow:fidelity=dense", "sparseflow")
+    table, figure = tmp_path / "table.csv", tmp_path / "figure"
+    output = run_python(MAIN, "bench", "--quick", "--json", "--csv", table, "--plot", figure, "--cases", *cases)
+    result = json.loads(output)
+    assert result["ok"]
+    assert list(result["summary"]) == list(cases)
+    [memory], [random] = (result["machine"][name] for name in ("memory_bytes_per_s", "random_bytes_per_s"))
+    for run in result["runs"]:
+        row = result["summary"][run["label"]]
+        assert len(run["step_s"]) == 4
+        assert math.isclose(run["decode_tokens_per_s"], 3 / sum(run["step_s"][1:]))
+        assert row["decode_tokens_per_s"] == run["decode_tokens_per_s"]
+        assert math.isclose(row["memory_limit_tokens_per_s"], memory / run["bytes_touched_per_token"])
+        assert math.isclose(row["share_of_memory_limit"] * row["memory_limit_tokens_per_s"], row["decode_tokens_per_s"])
+        assert math.isclose(row["share_of_random_reads"], run["bytes_from_disk_per_s"] / random)
+        dense_rate = result["summary"]["transformers"]["decode_tokens_per_s"]
+        assert math.isclose(row["times"]["transformers"], run["decode_tokens_per_s"] / dense_rate)
+        assert row["same_as_dense"] == 1
+    dense, sparse = (result["summary"][label] for label in cases[1:])
+    assert dense["candidate_share"] == 1
+    assert sparse["active_share"] <= sparse["candidate_share"] < 0.5
+    assert sparse["bytes_touched_per_token"] < 0.7 * dense["bytes_touched_per_token"]
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert [row["case"] for row in rows] == list(cases)
+    assert figure.with_name("figure.svg").exists()
+
+
+@pytest.mark.slow
+def test_peers_agree_under_a_limit(group_parent: object, tmp_path: Path) -> None:
+    cases = ("device_map", "disk_offload", "partial_offload", "sparseflow:fidelity=dense", "sparseflow")
+    output = run_python(
+        MAIN, "bench", "--json", "--limit", "1GiB", "--tokens", 3, "--rounds", 1, "--partial-layers", 4,
+        "--cases", *cases, timeout_s=600,
+    )  # fmt: skip
+    result = json.loads(output)
+    assert result["ok"]
+    assert all(row["same_as_dense"] == 1 for row in result["summary"].values())
+    assert all(run["cached_before_nbytes"]["weights"] == 0 for run in result["runs"])
+
+
+@pytest.mark.slow
+def test_without_cgroups_weights_are_evicted_before_every_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparseflow.bench.memory_cgroup import NoMemoryGroupError
+    from sparseflow.cli import bench
+    from sparseflow.cli.main import main
+
+    def refuse() -> None:
+        raise NoMemoryGroupError("none here")
+
+    monkeypatch.setattr(bench, "find_group_parent", refuse)
+    assert main(["bench", "--quick", "--json", "--limit", "1GiB", "--cases", "transformers", "sparseflow"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert "evicted before every token" in result["limit"]
+    transformers = result["summary"]["transformers"]
+    assert transformers["bytes_from_disk_per_token"] > 0.9 * transformers["bytes_touched_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "flexgen"], "give one of"),
+        (["--python", "flexgen=/usr/bin/python"], "PEER one of"),
+        (["--limit", "much"], "much"),
+        (["/nonexistent"], "give a transformers checkpoint folder"),
+    ],
+)
+def test_wrong_usage_says_what_is_right(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparseflow.cli.main import main
+
+    try:
+        code = main(["bench", *arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code == 2
+    assert message in capsys.readouterr().err
