@@ -6,6 +6,7 @@ peer's case can run in an environment of that peer's own.
 
 import ctypes
 import gc
+import importlib.metadata
 import itertools
 import json
 import os
@@ -442,7 +443,14 @@ def run_case(settings: Settings) -> dict[str, Any]:
         if settings["peer"] == "sparseflow":
             report |= sparse_report(loaded.model)
     report.setdefault("bytes_touched_per_token", dense_nbytes_per_token(config, width))
-    return report
+    return report | {"versions": versions(settings["peer"])}
+
+
+def versions(peer: str) -> dict[str, str]:
+    """Of the packages that compute."""
+    packages = {"ctranslate2": ["ctranslate2"], "onnxruntime": ["onnxruntime", "optimum-onnx", "transformers"]}
+    names = packages.get(peer, ["torch", "transformers", *{"airllm": ["airllm"]}.get(peer, [])])
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def measure_machine(settings: Settings) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 import json
 import mmap
+import os
+import platform
 import statistics
+from pathlib import Path
 from typing import Any
 
+import sparseflow
 from sparseflow.bench.cases import Case
 from sparseflow.bench.memory_cgroup import NoColdReadError, disk_bandwidth
 from sparseflow.bench.runs import Bench
@@ -46,6 +50,22 @@ class Machine:
     def random_bytes_per_s(self) -> float | None:
         """Of direct reads of one bundle each at the best queue depth; None where the file system has none."""
         return statistics.median(self._random) if self._random else None
+
+    def environment(self) -> dict[str, Any]:
+        """What kind of machine it is."""
+        lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        cpu = {name.strip(): value.strip() for name, value in lines}
+        vectors = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_tile") if name in cpu["flags"].split()]
+        memory_nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return {
+            "sparseflow": sparseflow.__version__,
+            "python": platform.python_version(),
+            "kernel": platform.release().split("-")[0],
+            "cpu": cpu["model name"],
+            "vectors": vectors,
+            "cpus": len(os.sched_getaffinity(0)),
+            "memory_nbytes": memory_nbytes,
+        }
 
     def report(self) -> dict[str, Any]:
         """All that was measured."""

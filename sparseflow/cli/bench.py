@@ -5,7 +5,6 @@ included, and reads cold. The first case is what the others are compared with.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -117,7 +116,8 @@ def _measured(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     note_agreement(runs)
     limits = machine.memory_bytes_per_s, machine.random_bytes_per_s
     return {
-        "conditions": json.loads(json.dumps(asdict(conditions), default=str)),
+        "conditions": _shown(conditions),
+        "environment": machine.environment(),
         "limit": _described(bench, limit),
         "is_cold": arguments.cold or limit is not None,
         "could_swap": limit is not None and could_swap(bench),
@@ -128,6 +128,12 @@ def _measured(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "runs": [{name: value for name, value in run.items() if name != "mapped_files"} for run in runs],
         "ok": all(any(run["status"] == "ok" for run in runs if run["label"] == label) for label in _labels(runs)),
     }
+
+
+def _shown(conditions: Conditions) -> dict[str, Any]:
+    """What a reader elsewhere can make use of: names instead of paths."""
+    shown = asdict(conditions) | {"checkpoint": conditions.checkpoint.name, "store": conditions.store.name}
+    return shown | {name: list(shown[name]) for name in ("pythons", "converted")}
 
 
 def _labels(runs: list[dict[str, Any]]) -> set[str]:
