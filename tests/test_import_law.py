@@ -24,7 +24,7 @@ LAW = [
     {"client"},
     {"kernels", "orchestration"},
     {"models"},
-    {"calibration", "evaluation"},
+    {"bench", "calibration", "evaluation"},
     {"cli", "examples", "__main__"},
 ]
 RANKS = {part: rank for rank, row in enumerate(LAW) for part in row}

@@ -248,7 +248,8 @@ def load_sparseflow(settings: Settings, **options: str) -> TorchModel:
     """SparseFlow. A checkpoint is converted into `scratch`."""
     from transformers import DynamicCache
 
-    from sparseflow import OffloadStrategy, SparseOPTForCausalLM
+    from sparseflow.core.config import OffloadStrategy
+    from sparseflow.models.opt_sparse import SparseOPTForCausalLM
 
     strategy = OffloadStrategy(
         cpu_cache_ratio=float(options.get("cpu_cache_ratio", 1)),

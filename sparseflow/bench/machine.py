@@ -1,5 +1,6 @@
 """The limits of the machine, measured while a benchmark runs: how fast it reads memory, and the disk."""
 
+import importlib.metadata
 import json
 import mmap
 import os
@@ -8,7 +9,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import sparseflow
 from sparseflow.bench.cases import Case
 from sparseflow.bench.memory_cgroup import NoColdReadError, disk_bandwidth
 from sparseflow.bench.runs import Bench
@@ -58,7 +58,7 @@ class Machine:
         vectors = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_tile") if name in cpu["flags"].split()]
         memory_nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return {
-            "sparseflow": sparseflow.__version__,
+            "sparseflow": importlib.metadata.version("sparseflow"),
             "python": platform.python_version(),
             "kernel": platform.release().split("-")[0],
             "cpu": cpu["model name"],
