@@ -121,6 +121,7 @@ def _replay(arguments: argparse.Namespace) -> dict[str, object]:
     names = arguments.policies or list(DIVISIONS if arguments.budgets else POLICIES)
     compare = replay_budgets if arguments.budgets else replay
     trace = Trace.load(arguments.trace)
+    quarter = max(1, trace.n_layers // 4)
     rows: list[dict[str, Any]] = []
     for name in names:
         for ratio in arguments.slots_ratio:
@@ -132,6 +133,8 @@ def _replay(arguments: argparse.Namespace) -> dict[str, object]:
                     "slots_ratio": ratio,
                     "slots": n_slots,
                     "hit_rate": found.hit_rate,
+                    "first_quarter_hit_rate": found.hit_rate_of(slice(quarter)),
+                    "last_quarter_hit_rate": found.hit_rate_of(slice(-quarter, None)),
                     "misses_per_token": found.misses_per_token,
                     "bytes_from_disk_per_token": found.misses_per_token * trace.bundle_nbytes,
                 }
@@ -142,12 +145,16 @@ def _replay(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _table(names: list[str], ratios: list[float], rows: list[dict[str, Any]]) -> str:
-    """A line a policy; for each size the share that is found, and misses a token."""
+    """A line a policy; for each size the share found, that of the first and last quarter of layers, misses a token."""
     width = max(map(len, names))
-    lines = [f"{'slots':{width}}" + "".join(f"{ratio:>18.1%}" for ratio in ratios)]
-    lines.append(" " * width + "".join(f"{'found':>9}{'misses':>9}" for _ in ratios))
+    lines = [f"{'slots':{width}}" + "".join(f"{ratio:>34.1%}" for ratio in ratios)]
+    lines.append(" " * width + "".join(f"{'found':>9}{'first':>8}{'last':>8}{'misses':>9}" for _ in ratios))
     for n, name in enumerate(names):
         own = rows[n * len(ratios) : (n + 1) * len(ratios)]
-        cells = "".join(f"{row['hit_rate']:9.1%}{row['misses_per_token']:9.1f}" for row in own)
+        cells = "".join(
+            f"{row['hit_rate']:9.1%}{row['first_quarter_hit_rate']:8.1%}{row['last_quarter_hit_rate']:8.1%}"
+            f"{row['misses_per_token']:9.1f}"
+            for row in own
+        )
         lines.append(f"{name:{width}}{cells}")
     return "\n".join(lines)

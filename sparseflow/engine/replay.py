@@ -7,6 +7,9 @@ together, and no step evicts what it needs.
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sparseflow.engine.engine import EVICTIONS
 from sparseflow.engine.eviction import Eviction
 from sparseflow.engine.residency import Acquire, Load, Loaded, Release, Residency
@@ -40,14 +43,29 @@ class Replayed(NamedTuple):
     """What was found. Without the warm-up."""
 
     n_tokens: int
-    hits: int
-    misses: int
+    layer_hits: NDArray[np.int64]
+    """(n_layers,)"""
+    layer_misses: NDArray[np.int64]
+
+    @property
+    def hits(self) -> int:
+        """Bundles that were there when asked for."""
+        return int(self.layer_hits.sum())
+
+    @property
+    def misses(self) -> int:
+        """Bundles that had to be read."""
+        return int(self.layer_misses.sum())
 
     @property
     def hit_rate(self) -> float:
         """Of the bundles asked for; 0 where none were."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 0.0
+        return self.hit_rate_of(slice(None))
+
+    def hit_rate_of(self, layers: slice) -> float:
+        """The same of some layers."""
+        hits, misses = int(self.layer_hits[layers].sum()), int(self.layer_misses[layers].sum())
+        return hits / (hits + misses) if hits + misses else 0.0
 
     @property
     def misses_per_token(self) -> float:
@@ -96,13 +114,14 @@ def replay_under(trace: Trace, n_slots: int, eviction: Eviction) -> Replayed:
         raise BadRequest("the trace holds no token; record a longer one")
     n_warm_up = int(WARM_UP_SHARE * trace.n_tokens)
     residency = Residency(trace.n_layers, trace.ffn_dim, n_slots, eviction)
-    counts, before = residency.counts, (0, 0)
+    before = residency.layer_hits.copy(), residency.layer_misses.copy()
     for n, step in enumerate(trace):
         if n == n_warm_up * trace.n_layers:
-            before = counts.hits, counts.misses
+            before = residency.layer_hits.copy(), residency.layer_misses.copy()
         for part in _parts(step, n_slots // 2):
             _fetch(residency, part)
-    return Replayed(trace.n_tokens - n_warm_up, counts.hits - before[0], counts.misses - before[1])
+    hits, misses = residency.layer_hits - before[0], residency.layer_misses - before[1]
+    return Replayed(trace.n_tokens - n_warm_up, hits, misses)
 
 
 def fetches_of(trace: Trace, n_slots: int) -> Trace:
