@@ -18,7 +18,11 @@ from sparseflow.kernels.threads import compile_kernel
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
-_NEXT_PART = 15  # place of a counter in the argument block
+# Places in the argument block.
+LENGTH, KEYS, VALUES = 2, 4, 5
+KEY_HEAD_STRIDE, KEY_STRIDE, VALUE_HEAD_STRIDE, VALUE_STRIDE = 7, 8, 10, 11
+_NEXT_PART = 15
+N_FIELDS = 16
 
 
 @njit(fastmath=_FASTMATH)

@@ -8,7 +8,9 @@ Only for layers whose norms stand before attention and MLP (all OPT but 350m); `
 parts, for any layer and any number of tokens, which is also the slow twin.
 """
 
+import zlib
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +24,20 @@ from sparseflow.kernels.threads import compile_kernel, run_team
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
-# Places in the argument block, and of the blocks of the kernels that are called.
-_QKV, _ATTEND, _OUT = 24, 40, 64
-_SIZE = 80
+_DIGEST = zlib.crc32(Path(attention.__file__).read_bytes(), DIGEST) | 1  # whose fields are used here
+
+# Places in the argument block: numbers; addresses, of the weights' type, of float32 and of kernels; and the blocks of
+# the kernels that are called.
+_HIDDEN, _N_HEADS, _HEAD_DIM, _N_THREADS, _CONSTANTS, _SELF = range(6)
+_RESIDUAL, _NORM, _NORM_BIAS, _MLP_NORM, _MLP_NORM_BIAS, _STREAM = range(6, 12)
+_X, _PROJECTED, _QUERY, _ADDED = range(12, 16)
+_LINEAR, _ATTENTION = range(16, 18)
+_QKV_BLOCK = 18
+_ATTEND_BLOCK = _QKV_BLOCK + linear.N_FIELDS
+_OUT_BLOCK = _ATTEND_BLOCK + attention.N_FIELDS
+_N_FIELDS = _OUT_BLOCK + linear.N_FIELDS
+_KEYS, _VALUES = _ATTEND_BLOCK + attention.KEYS, _ATTEND_BLOCK + attention.VALUES
+_EPS, _MLP_EPS, _SCALING = range(3)  # of the constants, float32
 
 
 class AttentionWeights(NamedTuple):
@@ -61,12 +74,12 @@ def _normalise(x, weight, bias, eps, length, y):
 
 
 @njit(fastmath=_FASTMATH)
-def _spread(qkv, n_heads, head_dim, scaling, query, keys, key_stride, values, value_stride):
-    """From (n_heads, 3, head_dim): the query, scaled; key and value to their places, a head's `stride` apart."""
+def _spread(projected, n_heads, head_dim, scaling, query, keys, values, head_strides):
+    """From (n_heads, 3, head_dim): the query, scaled; key and value to their places, a head's stride apart."""
     for head in range(n_heads):
-        row = advance(qkv, 3 * head * head_dim)
+        row = advance(projected, 3 * head * head_dim)
         to_query = advance(query, head * head_dim)
-        to_key, to_value = advance(keys, head * key_stride), advance(values, head * value_stride)
+        to_key, to_value = advance(keys, head * head_strides[0]), advance(values, head * head_strides[1])
         for j in range(head_dim):
             to_query[j] = row[j] * np.float32(scaling)
             store(to_key, j, row[head_dim + j])
@@ -76,48 +89,52 @@ def _spread(qkv, n_heads, head_dim, scaling, query, keys, key_stride, values, va
 @njit(fastmath=_FASTMATH)
 def _layer(block, residual, norm, norm_bias, mlp_norm, mlp_norm_bias, keys, values, stream):
     """block: as `AttentionStep` lays it out. Pointers of the weights' type."""
-    hidden, n_heads, head_dim, n_threads = block[0], block[1], block[2], block[3]
-    numbers = float32_at(block[4])
-    x, qkv, query, y = float32_at(block[14]), float32_at(block[15]), float32_at(block[16]), float32_at(block[17])
-    _normalise(residual, norm, norm_bias, numbers[0], hidden, x)
-    run_team(block[19], block[22] + 8 * _QKV, n_threads, 0)
-    position = block[_ATTEND + 2] - 1
-    new_keys, new_values = advance(keys, position * block[_ATTEND + 8]), advance(values, position * block[_ATTEND + 11])
-    _spread(qkv, n_heads, head_dim, numbers[2], query, new_keys, block[_ATTEND + 7], new_values, block[_ATTEND + 10])
-    run_team(block[20], block[22] + 8 * _ATTEND, n_threads, 0)
-    run_team(block[19], block[22] + 8 * _OUT, n_threads, 0)
+    hidden, n_heads, head_dim, n_threads = block[_HIDDEN], block[_N_HEADS], block[_HEAD_DIM], block[_N_THREADS]
+    x, projected, query, added = (
+        float32_at(block[_X]), float32_at(block[_PROJECTED]), float32_at(block[_QUERY]), float32_at(block[_ADDED]),
+    )  # fmt: skip
+    constants, here, attend = float32_at(block[_CONSTANTS]), block[_SELF], advance(block, _ATTEND_BLOCK)
+    _normalise(residual, norm, norm_bias, constants[_EPS], hidden, x)
+    run_team(block[_LINEAR], here + 8 * _QKV_BLOCK, n_threads, 0)
+    position = attend[attention.LENGTH] - 1
+    new_keys = advance(keys, position * attend[attention.KEY_STRIDE])
+    new_values = advance(values, position * attend[attention.VALUE_STRIDE])
+    head_strides = attend[attention.KEY_HEAD_STRIDE], attend[attention.VALUE_HEAD_STRIDE]
+    _spread(projected, n_heads, head_dim, constants[_SCALING], query, new_keys, new_values, head_strides)
+    run_team(block[_ATTENTION], here + 8 * _ATTEND_BLOCK, n_threads, 0)
+    run_team(block[_LINEAR], here + 8 * _OUT_BLOCK, n_threads, 0)
     for j in range(hidden):
-        store(stream, j, to_float(residual[j]) + y[j])
-    _normalise(stream, mlp_norm, mlp_norm_bias, numbers[1], hidden, x)
+        store(stream, j, to_float(residual[j]) + added[j])
+    _normalise(stream, mlp_norm, mlp_norm_bias, constants[_MLP_EPS], hidden, x)
 
 
 @cache
 def _kernel(dtype: torch.dtype) -> Any:
     """Compiled on first use."""
-    digest = DIGEST
+    digest = _DIGEST
 
     def float16(args):
         b = int64_at(args)
         if digest:
             _layer(
-                b, half_at(b[5]), half_at(b[6]), half_at(b[7]), half_at(b[8]), half_at(b[9]),
-                half_at(b[_ATTEND + 4]), half_at(b[_ATTEND + 5]), half_at(b[13]),
+                b, half_at(b[_RESIDUAL]), half_at(b[_NORM]), half_at(b[_NORM_BIAS]), half_at(b[_MLP_NORM]),
+                half_at(b[_MLP_NORM_BIAS]), half_at(b[_KEYS]), half_at(b[_VALUES]), half_at(b[_STREAM]),
             )  # fmt: skip
 
     def bfloat16(args):
         b = int64_at(args)
         if digest:
             _layer(
-                b, bfloat_at(b[5]), bfloat_at(b[6]), bfloat_at(b[7]), bfloat_at(b[8]), bfloat_at(b[9]),
-                bfloat_at(b[_ATTEND + 4]), bfloat_at(b[_ATTEND + 5]), bfloat_at(b[13]),
+                b, bfloat_at(b[_RESIDUAL]), bfloat_at(b[_NORM]), bfloat_at(b[_NORM_BIAS]), bfloat_at(b[_MLP_NORM]),
+                bfloat_at(b[_MLP_NORM_BIAS]), bfloat_at(b[_KEYS]), bfloat_at(b[_VALUES]), bfloat_at(b[_STREAM]),
             )  # fmt: skip
 
     def float32(args):
         b = int64_at(args)
         if digest:
             _layer(
-                b, float32_at(b[5]), float32_at(b[6]), float32_at(b[7]), float32_at(b[8]), float32_at(b[9]),
-                float32_at(b[_ATTEND + 4]), float32_at(b[_ATTEND + 5]), float32_at(b[13]),
+                b, float32_at(b[_RESIDUAL]), float32_at(b[_NORM]), float32_at(b[_NORM_BIAS]), float32_at(b[_MLP_NORM]),
+                float32_at(b[_MLP_NORM_BIAS]), float32_at(b[_KEYS]), float32_at(b[_VALUES]), float32_at(b[_STREAM]),
             )  # fmt: skip
 
     return compile_kernel({torch.float16: float16, torch.bfloat16: bfloat16, torch.float32: float32}[dtype])
@@ -136,21 +153,21 @@ class AttentionStep:
         dtype, hidden = weights.qkv.dtype, weights.out.shape[0]
         self._dtype, self._hidden, self._n_heads = dtype, hidden, n_heads
         self._kernel = _kernel(dtype)
-        self._numbers = np.array([eps, mlp_eps, scaling], np.float32)
-        norms = (weights.norm_weight, weights.norm_bias, weights.mlp_norm_weight, weights.mlp_norm_bias)
-        block = np.zeros(_SIZE, np.int64)
-        block[:3] = hidden, n_heads, hidden // n_heads
-        block[4] = self._numbers.ctypes.data
-        block[6:10] = [norm.data_ptr() for norm in norms]
-        block[19:21] = linear.kernel(dtype).address, attention.kernel(dtype).address
-        self._block = block
+        self._constants = np.array([eps, mlp_eps, scaling], np.float32)
+        block = self._block = np.zeros(_N_FIELDS, np.int64)
+        block[[_HIDDEN, _N_HEADS, _HEAD_DIM]] = hidden, n_heads, hidden // n_heads
+        block[_CONSTANTS] = self._constants.ctypes.data
+        block[_NORM], block[_NORM_BIAS] = weights.norm_weight.data_ptr(), weights.norm_bias.data_ptr()
+        block[_MLP_NORM], block[_MLP_NORM_BIAS] = weights.mlp_norm_weight.data_ptr(), weights.mlp_norm_bias.data_ptr()
+        block[_LINEAR], block[_ATTENTION] = linear.kernel(dtype).address, attention.kernel(dtype).address
 
     def _use_threads(self, n_threads: int) -> None:
         weights, block = self._weights, self._block
-        block[3] = n_threads
-        for place, weight, bias in ((_QKV, weights.qkv, weights.qkv_bias), (_OUT, weights.out, weights.out_bias)):
-            fields = linear.argument_block(weight, bias, 1, 0, 0, n_threads)
-            block[place : place + len(fields)] = fields
+        block[_N_THREADS] = n_threads
+        qkv = linear.argument_block(weights.qkv, weights.qkv_bias, 1, 0, 0, n_threads)
+        out = linear.argument_block(weights.out, weights.out_bias, 1, 0, 0, n_threads)
+        block[_QKV_BLOCK : _QKV_BLOCK + linear.N_FIELDS] = qkv
+        block[_OUT_BLOCK : _OUT_BLOCK + linear.N_FIELDS] = out
 
     def __call__(self, residual: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -163,18 +180,18 @@ class AttentionStep:
         """
         hidden, length = self._hidden, keys.shape[2]
         n_threads = torch.get_num_threads()
-        if n_threads != self._block[3]:
+        if n_threads != self._block[_N_THREADS]:
             self._use_threads(n_threads)
         stream, x = torch.empty(1, hidden, dtype=self._dtype), torch.empty(1, hidden)
         scratch = np.empty(hidden * 6 + self._n_heads * length, np.float32)
-        qkv = scratch.ctypes.data
-        query, attended, y, scores = (qkv + 4 * hidden * n for n in (3, 4, 5, 6))
+        projected = scratch.ctypes.data
+        query, attended, added, scores = (projected + 4 * hidden * n for n in (3, 4, 5, 6))
         block = self._block.copy()
-        block[5] = residual.data_ptr()
-        block[13:18] = stream.data_ptr(), x.data_ptr(), qkv, query, y
-        block[22] = block.ctypes.data
-        block[_QKV + 8 : _QKV + 10] = x.data_ptr(), qkv
-        block[_OUT + 8 : _OUT + 10] = attended, y
-        block[_ATTEND : _ATTEND + 16] = attention.argument_block(keys, values, query, attended, scores)
+        block[_SELF], block[_RESIDUAL] = block.ctypes.data, residual.data_ptr()
+        block[_STREAM : _ADDED + 1] = stream.data_ptr(), x.data_ptr(), projected, query, added
+        block[_QKV_BLOCK + linear.X : _QKV_BLOCK + linear.Y + 1] = x.data_ptr(), projected
+        block[_OUT_BLOCK + linear.X : _OUT_BLOCK + linear.Y + 1] = attended, added
+        attend = attention.argument_block(keys, values, query, attended, scores)
+        block[_ATTEND_BLOCK : _ATTEND_BLOCK + attention.N_FIELDS] = attend
         threads.run_serial(self._kernel, block)
         return stream, x

@@ -25,7 +25,10 @@ _FEW_TOKENS_TRANSPOSED = 16
 _ROWS_AT_ONCE = 16  # of a transposed matrix, which stay in the cache for all tokens
 _TILE_ROWS = 512
 _PARTS_A_THREAD = 4
-_NEXT_PART = 10  # place of a counter in the argument block
+# Places in the argument block.
+X, Y = 8, 9
+_NEXT_PART = 10
+N_FIELDS = 11
 
 
 @njit(fastmath=_FASTMATH)
