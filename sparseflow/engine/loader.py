@@ -121,8 +121,8 @@ class Loader:
         self.counts.bundles += len(load.ids)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until reads have ended: a good part of those that somebody waits for. `collect` says which."""
-        least = max(1, min(self._n_awaited, self._depth // 2))
+        """Wait until reads have ended: those that somebody waits for; where others queue behind them, a good part."""
+        least = max(1, min(self._n_awaited, self._depth // 2 if self._not_begun else self._depth))
         self._queue.wait(least, timeout_s)
 
     def collect(self) -> list[Loaded | Failed]:

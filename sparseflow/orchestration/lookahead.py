@@ -27,6 +27,7 @@ DEFAULT_DISTANCE = 1
 # 900 MB/s at random) tokens took 1.13 times as long with lookahead as without.
 _SCORINGS = 3
 _MEMORY = 0.95  # weight of the past in the running means
+_LEAST_USEFUL = 0.5  # of the bundles that trained predictors had read; below, they cost the disk more than they spare
 
 
 class TrainedLookahead:
@@ -81,9 +82,15 @@ class Lookahead:
         self._trained_s = trained_s
         self._read_s = 0.0
         self._scoring_s = 0.0
+        self._useful_share = 1.0
 
-    def note(self, scoring_s: float, n_read: int) -> None:
-        """After a layer step: how long its neurons took to choose, and how many bundles were read."""
+    def note(self, scoring_s: float, n_read: int, n_useful: int = 0, n_wasted: int = 0) -> None:
+        """After a layer step: how long its neurons took to choose, and how many bundles were read.
+
+        n_useful, n_wasted: bundles read on a hint that were asked for since, and that were evicted instead.
+        """
+        if n_useful + n_wasted:
+            self._useful_share += (n_useful / (n_useful + n_wasted) - self._useful_share) * (1 - _MEMORY)
         self._scoring_s += (scoring_s - self._scoring_s) * (1 - _MEMORY)
         self._read_s += (n_read * self._bundle_read_s - self._read_s) * (1 - _MEMORY)
 
@@ -104,7 +111,8 @@ class Lookahead:
         """Whether to look ahead by trained predictors."""
         if self._trained_s is None:
             return False
-        return self.mode == "trained" or (self.mode == "auto" and self._pays(self._trained_s))
+        pays = self._useful_share > _LEAST_USEFUL and self._pays(self._trained_s)
+        return self.mode == "trained" or (self.mode == "auto" and pays)
 
     def _pays(self, cost_s: float) -> bool:
         return self._read_s > _SCORINGS * cost_s

@@ -160,7 +160,8 @@ class TransferCoordinator:
         y, n_active = self._computed(layer, ids, x, hidden)
         fetches = self._fetches_since_last_step()
         if fetches is not None and len(x) <= _TOKENS_AT_ONCE:
-            self.lookahead.note(self._scoring_s, fetches.misses + fetches.hinted)
+            read, useful, wasted = fetches.misses + fetches.hinted, fetches.hints_useful, fetches.hints_wasted
+            self.lookahead.note(self._scoring_s, read, useful, wasted)
         if decoding and layer + 1 == self.source.profile.num_layers:
             self.source.note_tokens(len(x))
         if self.profiling:
