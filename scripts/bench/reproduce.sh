@@ -13,11 +13,17 @@ results="$here/results"
 mkdir -p "$results"
 pip install --quiet --disable-pip-version-check -c <(grep -v "^torch==" "$root/constraints.txt") -e "$root[bench]"
 
-model() {  # NAME: a checkpoint of a published shape, its store, and what is calibrated on random words
+model() {  # NAME: a checkpoint of a published shape, and its store
   [ -d "$folder/$1" ] || python "$root/scripts/make_synthetic_opt.py" --preset "$1" --out "$folder/$1" --text 8192
   [ -d "$folder/store-$1" ] || sparseflow convert "$folder/$1" "$folder/store-$1"
-  [ -f "$folder/store-$1/profile.json" ] ||
-    sparseflow calibrate "$folder/store-$1" --text "$folder/$1.txt" --epochs 0
+}
+
+calibrated() {  # NAME: the same store, calibrated on random words
+  model "$1"
+  [ -d "$folder/calibrated-$1" ] && return
+  sparseflow convert "$folder/$1" "$folder/calibrated-$1.partial"
+  sparseflow calibrate "$folder/calibrated-$1.partial" --text "$folder/$1.txt" --tokens 2048 --epochs 0
+  mv "$folder/calibrated-$1.partial" "$folder/calibrated-$1"
 }
 
 peer() {  # NAME PACKAGE...: an environment of its own, for what does not go together with ours
@@ -38,8 +44,8 @@ bench() {  # RESULT ARGUMENT...
 sparse=(sparseflow:fidelity=dense sparseflow sparseflow:fidelity=certified sparseflow:fidelity=calibrated)
 
 opt-1.3b() {  # all of it in memory
-  model opt-1.3b
-  bench opt-1.3b "$folder/opt-1.3b" --store "$folder/store-opt-1.3b" --tokens 48 --rounds 5 \
+  calibrated opt-1.3b
+  bench opt-1.3b "$folder/opt-1.3b" --store "$folder/calibrated-opt-1.3b" --tokens 48 --rounds 3 \
     --cases transformers ctranslate2:compute=float32 ctranslate2:compute=int8 "${sparse[@]}" \
     --converted "ctranslate2=$folder/ctranslate2-opt-1.3b"
 }
@@ -47,16 +53,16 @@ opt-1.3b() {  # all of it in memory
 opt-1.3b-prompt() {  # time to the first token of a long prompt
   model opt-1.3b
   bench opt-1.3b-prompt "$folder/opt-1.3b" --store "$folder/store-opt-1.3b" --prompt-tokens 512 --tokens 8 --rounds 3 \
-    --cases transformers ctranslate2:compute=int8 sparseflow sparseflow:fidelity=calibrated \
+    --cases transformers ctranslate2:compute=int8 sparseflow:fidelity=dense sparseflow \
     --converted "ctranslate2=$folder/ctranslate2-opt-1.3b"
 }
 
 opt-1.3b-limited() {  # in 65 % of its size, and what Python and torch take
   model opt-1.3b
   peer airllm airllm==4.0.0 'transformers>=5,<6' accelerate sentencepiece
-  bench opt-1.3b-limited "$folder/opt-1.3b" --store "$folder/store-opt-1.3b" --limit 2.15GiB --reserve 160MiB \
-    --tokens 24 --rounds 3 --cases device_map disk_offload partial_offload airllm:gc=stubbed \
-    sparseflow:fidelity=dense sparseflow sparseflow:fidelity=calibrated \
+  bench opt-1.3b-limited "$folder/opt-1.3b" --store "$folder/store-opt-1.3b" --limit 2.15GiB \
+    --tokens 16 --rounds 2 --cases device_map disk_offload partial_offload airllm:gc=stubbed \
+    sparseflow:fidelity=dense sparseflow \
     --python "airllm=$folder/airllm/bin/python" --converted "airllm=$folder/airllm-opt-1.3b"
 }
 
@@ -68,9 +74,9 @@ opt-6.7b() {  # larger than memory and than float32 copies of it would be
 }
 
 opt-125m() {
-  model opt-125m
+  calibrated opt-125m
   peer onnxruntime 'optimum-onnx[onnxruntime]==0.1.0' 'transformers<4.58'
-  bench opt-125m "$folder/opt-125m" --store "$folder/store-opt-125m" --tokens 64 --rounds 5 \
+  bench opt-125m "$folder/opt-125m" --store "$folder/calibrated-opt-125m" --tokens 64 --rounds 5 \
     --cases transformers ctranslate2:compute=float32 ctranslate2:compute=int8 onnxruntime "${sparse[@]}" \
     --python "onnxruntime=$folder/onnxruntime/bin/python" \
     --converted "ctranslate2=$folder/ctranslate2-opt-125m" "onnxruntime=$folder/onnxruntime-opt-125m"

@@ -82,11 +82,19 @@ def partial_candidates(given: Sequence[int], sizes: Sequence[int], room_nbytes: 
     copied: Iterable[int] = given or range(n_fitting - 1, n_fitting + 3)
     mapped: Iterable[int] = given or (n_fitting, len(layers))
     tried = [(n, "yes") for n in copied] + [(n, "no") for n in mapped]
-    candidates = [
-        Case("device_map", (f"layers={n}", f"copied={way}")) for n, way in dict.fromkeys(tried) if 0 < n <= len(layers)
-    ]
+    candidates = [_partial(n, way) for n, way in dict.fromkeys(tried) if 0 < n <= len(layers)]
     if not candidates:
         raise BadRequest(
             f"--partial-layers {' '.join(map(str, given))}: the model has {len(layers)} layers; give 1 or more"
         )
     return candidates
+
+
+def one_layer_more(case: Case, n_layers: int) -> Case | None:
+    """The partial offload that keeps another layer on the cpu; None if there is none."""
+    layers, way = (option.partition("=")[2] for option in case.options)
+    return _partial(int(layers) + 1, way) if int(layers) < n_layers else None
+
+
+def _partial(n_layers: int, copied: str) -> Case:
+    return Case("device_map", (f"layers={n_layers}", f"copied={copied}"))

@@ -149,7 +149,7 @@ def load_airllm(settings: Settings, gc: str = "stock") -> TorchModel:
     model = AirLLMOPT(
         str(settings["checkpoint"]),
         device="cpu",
-        dtype=getattr(torch, settings["dtype"]),
+        dtype=getattr(torch, settings["dtype"] or settings["checkpoint_dtype"]),
         layer_shards_saving_path=str(settings["converted"]["airllm"]),
         prefetching=False,
     )
@@ -424,8 +424,9 @@ def run_case(settings: Settings) -> dict[str, Any]:
     """Load and decode."""
     start = time.perf_counter()
     config = json.loads((Path(settings["checkpoint"]) / "config.json").read_bytes())
-    settings = settings | {"vocab_size": config["vocab_size"]}
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}[settings.get("dtype") or config.get("dtype") or "float32"]
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    settings = settings | {"vocab_size": config["vocab_size"], "checkpoint_dtype": dtype}
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[settings.get("dtype") or dtype]
     report: dict[str, Any] = {}
     if settings["peer"] == "ctranslate2":
         model = CTranslate2Model(

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseflow.bench.cases import PARTIAL, Case, layer_nbytes, partial_candidates
+from sparseflow.bench.cases import PARTIAL, Case, layer_nbytes, one_layer_more, partial_candidates
 from sparseflow.bench.child import CONVERTERS
 from sparseflow.bench.memory_cgroup import GroupParent, GroupUsage, MemoryGroup, drop_page_cache, swap_nbytes
 from sparseflow.errors import BadRequest
@@ -220,15 +220,22 @@ def give_memory(bench: Bench) -> dict[str, int]:
 
 
 def search_partial(bench: Bench, given: Sequence[int], base_nbytes: dict[str, int]) -> tuple[list[Run], Case]:
-    """Try partial offloads with few tokens; the runs, and the fastest that lived."""
+    """Try partial offloads with few tokens, and more layers while that is faster; the runs, and the fastest."""
     conditions = bench.conditions
     limit = conditions.limit_nbytes
     room_nbytes = (limit or _WHOLE_MACHINE) - base_nbytes.get("device_map", 0) - conditions.reserve_nbytes
-    candidates = partial_candidates(given, layer_nbytes(conditions.checkpoint), room_nbytes)
+    sizes = layer_nbytes(conditions.checkpoint)
+    candidates = partial_candidates(given, sizes, room_nbytes)
     n_tokens = min(conditions.tokens, conditions.search_tokens)
-    runs = [bench.run(case, limit, tokens=n_tokens) for case in candidates]
-    rates = [run.get("decode_tokens_per_s", 0.0) for run in runs]
-    return runs, candidates[rates.index(max(rates))]
+    runs: list[Run] = []
+    for case in candidates:  # which may grow meanwhile
+        runs.append(bench.run(case, limit, tokens=n_tokens))
+        rates = [run.get("decode_tokens_per_s", 0.0) for run in runs]
+        best = candidates[rates.index(max(rates))]
+        more = one_layer_more(best, n_layers=len(sizes) - 1)
+        if not given and len(runs) == len(candidates) and more is not None and more not in candidates:
+            candidates.append(more)
+    return runs, best
 
 
 def run_rounds(

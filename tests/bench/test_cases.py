@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseflow.bench.cases import Case, layer_nbytes, partial_candidates
+from sparseflow.bench.cases import Case, layer_nbytes, one_layer_more, partial_candidates
 from sparseflow.errors import BadRequest
 
 
@@ -47,3 +47,10 @@ def test_partial_offload_is_tried_around_what_fits() -> None:
     assert [case.options for case in given] == [("layers=3", "copied=yes"), ("layers=3", "copied=no")]
     with pytest.raises(BadRequest, match="25: the model has 24 layers"):
         partial_candidates([25], [10] * 24 + [20], room_nbytes=100)
+
+
+def test_one_layer_more_ends_with_the_model() -> None:
+    fewer = Case.parse("device_map:layers=23,copied=yes")
+    last = one_layer_more(fewer, n_layers=24)
+    assert last == Case.parse("device_map:layers=24,copied=yes")
+    assert one_layer_more(last, n_layers=24) is None

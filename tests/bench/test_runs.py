@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from child_process import run_python
 
+from sparseflow.bench import runs
 from sparseflow.bench.cases import Case
 from sparseflow.bench.child import Meter, dense_nbytes_per_token, evict, given_tokens, read_nbytes
 from sparseflow.bench.memory_cgroup import NAME_PREFIX, GroupParent
@@ -104,3 +105,19 @@ def test_evicted_files_are_read_again(tmp_path: Path) -> None:
     evict([str(path)])
     path.read_bytes()
     assert read_nbytes() - before == 4 * MIB
+
+
+def test_search_goes_on_while_more_layers_are_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of(tmp_path, reserve_nbytes=0, limit_nbytes=1 << 30)
+    rates = {2: 1.0, 3: 2.0, 4: 3.0, 5: 4.0, 6: 6.0, 7: 5.0, 8: 9.0}
+
+    def run(case: Case, limit: int, **replaced: Any) -> dict[str, Any]:
+        layers, copied = (option.partition("=")[2] for option in case.options)
+        return {"label": case.label, "decode_tokens_per_s": rates[int(layers)] if copied == "yes" else 0.5}
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(runs, "layer_nbytes", lambda checkpoint: [100 << 20] * 8 + [0])
+    tried, best = runs.search_partial(bench, (), {"device_map": 600 << 20})
+    copied = [run["label"].removesuffix(",copied=yes") for run in tried if run["label"].endswith("yes")]
+    assert copied == [f"device_map:layers={n}" for n in (2, 3, 4, 5, 6, 7)]
+    assert best.label == "device_map:layers=6,copied=yes"
