@@ -52,7 +52,7 @@ opt-1.3b() {  # all of it in memory
 
 opt-1.3b-prompt() {  # time to the first token of a long prompt
   model opt-1.3b
-  bench opt-1.3b-prompt "$folder/opt-1.3b" --store "$folder/store-opt-1.3b" --prompt-tokens 512 --tokens 8 --rounds 3 \
+  bench opt-1.3b-prompt "$folder/opt-1.3b" --store "$folder/store-opt-1.3b" --prompt-tokens 512 --tokens 8 --rounds 2 \
     --cases transformers ctranslate2:compute=int8 sparseflow:fidelity=dense sparseflow \
     --converted "ctranslate2=$folder/ctranslate2-opt-1.3b"
 }

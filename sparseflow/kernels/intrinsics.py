@@ -92,17 +92,6 @@ def _prefetch(builder: Any, pointer: Any) -> None:
 
 
 @intrinsic
-def prefetch(typingctx: Any, pointer: Any) -> Any:
-    """Ask for the cache line at a pointer; any address is harmless."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _prefetch(builder, args[0])
-        return context.get_dummy_value()
-
-    return types.void(pointer), codegen
-
-
-@intrinsic
 def take_next(typingctx: Any, counter: Any) -> Any:
     """counter[0], which goes up by one: no two threads get the same number. counter: int64*."""
 
