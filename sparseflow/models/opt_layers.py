@@ -25,6 +25,16 @@ class FrozenLinear(nn.Linear):
         return y.view(*hidden_states.shape[:-1], self.out_features).to(self.weight.dtype)
 
 
+class WidenedNorm(nn.LayerNorm):
+    """A layer norm of any dtype whose result is not rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden) to the same in float32."""
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
 class SparseOPTAttention(OPTAttention):
     """OPT's attention with q, k, v as one product over weights that lie head by head."""
 
@@ -91,11 +101,12 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         self.self_attn = SparseOPTAttention(config, layer_idx)
+        is_affine = config.layer_norm_elementwise_affine
+        self.self_attn_layer_norm = WidenedNorm(config.hidden_size, elementwise_affine=is_affine)
+        self.final_layer_norm = WidenedNorm(config.hidden_size, elementwise_affine=is_affine)
         self.fc1: _Bias = _Bias(config.ffn_dim, config.enable_bias)
         self.fc2: _Bias = _Bias(config.hidden_size, config.enable_bias)
-        norms = (self.self_attn_layer_norm, self.final_layer_norm)
-        self.can_step = config.do_layer_norm_before and all(norm.weight is not None for norm in norms)
-        """Whether `AttentionStep` is made for such a layer."""
+        self._can_step = config.do_layer_norm_before and is_affine
         self._step: AttentionStep | None = None
 
     @property
@@ -126,7 +137,7 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         y = self.coordinator.mlp(self.layer_idx, x, stream, decoding=decoding)
         hidden_states = stream.add_(y).view(hidden_states.shape)
         if not self.do_layer_norm_before:
-            hidden_states = widened_norm(self.final_layer_norm, hidden_states).to(stream.dtype)
+            hidden_states = self.final_layer_norm(hidden_states).to(stream.dtype)
         return hidden_states
 
     def _attend(
@@ -135,17 +146,20 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         """The residual stream after attention, (n_tokens, hidden), and the MLP's input, float32."""
         norm_first = self.do_layer_norm_before  # all but OPT-350m
         dtype = hidden_states.dtype
-        x = widened_norm(self.self_attn_layer_norm, hidden_states) if norm_first else hidden_states
+        x = self.self_attn_layer_norm(hidden_states) if norm_first else hidden_states
         attended, _ = self.self_attn(x, past_key_values, attention_mask, **kwargs)
-        stream = (hidden_states + attended).to(dtype).view(-1, self.embed_dim)
+        stream = (hidden_states + attended).to(dtype)
         if norm_first:
-            return stream, widened_norm(self.final_layer_norm, stream)
-        stream = widened_norm(self.self_attn_layer_norm, stream).to(dtype)
-        return stream, stream.float()
+            x = self.final_layer_norm(stream)
+        else:
+            stream = self.self_attn_layer_norm(stream).to(dtype)
+            x = stream.float()
+        return stream.view(-1, self.embed_dim), x.view(-1, self.embed_dim)
 
     def _attention_step(self, hidden_states: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor] | None:
-        """The same for one token in one call; None where it is not made for such a layer or cache."""
-        if past_key_values is None or not self.can_step:
+        """The same for one token in one call; None where it is not made for this layer or cache, or hooks look on."""
+        parts = (self.self_attn, self.self_attn_layer_norm, self.final_layer_norm)
+        if past_key_values is None or not self._can_step or any(part._forward_hooks for part in parts):
             return None
         shape = (1, self.self_attn.num_heads, 1, self.self_attn.head_dim)
         reserved = reserve(past_key_values, self.layer_idx, shape, hidden_states.dtype)
@@ -172,10 +186,3 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
             mlp_norm.bias,
         )
         return AttentionStep(weights, attention.num_heads, attention.scaling, norm.eps, mlp_norm.eps)
-
-
-def widened_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """A layer norm of any dtype, unrounded: float32."""
-    weight = None if norm.weight is None else norm.weight.float()
-    bias = None if norm.bias is None else norm.bias.float()
-    return functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
