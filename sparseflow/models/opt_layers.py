@@ -135,7 +135,7 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         step = self._attention_step(hidden_states, past_key_values) if is_plain and attention_mask is None else None
         stream, x = step or self._attend(hidden_states, attention_mask, past_key_values, **kwargs)
         y = self.coordinator.mlp(self.layer_idx, x, stream, decoding=decoding)
-        hidden_states = stream.add_(y).view(hidden_states.shape)
+        hidden_states = (stream + y).to(stream.dtype).view(hidden_states.shape)  # hooks may hold the stream
         if not self.do_layer_norm_before:
             hidden_states = self.final_layer_norm(hidden_states).to(stream.dtype)
         return hidden_states
