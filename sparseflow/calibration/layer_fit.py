@@ -11,7 +11,7 @@ from sparseflow.calibration.cuts import RECALLS, Cuts, fit_cuts
 from sparseflow.calibration.reduced_rank import Moments, ReducedRank
 from sparseflow.calibration.training import train
 from sparseflow.kernels.bounds import CodedRows, Margin
-from sparseflow.orchestration.lookahead import DEFAULT_DISTANCE
+from sparseflow.orchestration.lookahead import DEFAULT_DISTANCE, LEAST_USEFUL
 from sparseflow.orchestration.low_rank import LowRank
 from sparseflow.orchestration.neuron_predictor import CodesOfLayer
 from sparseflow.store.calibration import LookaheadRecord, PredictorRecord
@@ -100,11 +100,16 @@ class LayerFitter:
         if self._keeps_all:
             return LayerFit(records, lookahead, tensors)
         chosen = {min(records, key=lambda kind: self._cost(records[kind], recall)) for recall in RECALLS}
-        used = {*chosen, f"lookahead{min(DEFAULT_DISTANCE, len(lookahead) - 1)}"}
+        nearest = min(DEFAULT_DISTANCE, len(lookahead) - 1)
+        used = {*chosen, f"lookahead{nearest}"} if self._foresees(lookahead[nearest]) else chosen
         kept = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in used}
         # Codes are in every store, and `exact` needs them.
         records = {kind: replace(r, is_kept=kind in used or r.rank is None) for kind, r in records.items()}
         return LayerFit(records, [replace(r, is_kept=f"lookahead{n}" in used) for n, r in enumerate(lookahead)], kept)
+
+    def _foresees(self, record: LookaheadRecord) -> bool:
+        """Whether enough of those it names are active: it would be resident, and is not used where it reads in vain."""
+        return self._active_share * record.recall > LEAST_USEFUL * record.candidate_share
 
     # --- codes
 

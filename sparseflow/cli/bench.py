@@ -8,17 +8,15 @@ import argparse
 import os
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from sparseflow.bench.cases import PARTIAL, Case
 from sparseflow.bench.child import PEERS
 from sparseflow.bench.memory_cgroup import GroupParent, NoMemoryGroupError, find_group_parent
-from sparseflow.bench.runs import DEMO_MODEL, Bench, Conditions, could_swap, run_rounds
+from sparseflow.bench.runs import DEMO_MODEL, Bench, Conditions
 from sparseflow.cli.arguments import number
 from sparseflow.errors import BadRequest
-from sparseflow.utils.sizes import format_size, parse_size
+from sparseflow.utils.sizes import parse_size
 
 _UNLIMITED = ["transformers", "sparseflow:fidelity=dense", "sparseflow"]
 _LIMITED = ["device_map", PARTIAL, "sparseflow:fidelity=dense", "sparseflow"]
@@ -67,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Print a table, or with --json one object."""
+    from sparseflow.bench.benchmark import run_benchmark
     from sparseflow.bench.report import format_conditions, format_table, write_files
     from sparseflow.evaluation.plot import require_plotting
 
@@ -74,7 +73,9 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         require_plotting()
     _require_checkpoint(arguments.model)
     with tempfile.TemporaryDirectory(prefix="sparseflow-bench-") as scratch:
-        result = _measured(arguments, Path(scratch))
+        bench = Bench(_conditions(arguments, Path(scratch)), _group_parent(arguments.limit), Path(scratch), _say)
+        cases = arguments.cases or [Case.parse(text) for text in (_LIMITED if arguments.limit else _UNLIMITED)]
+        result = run_benchmark(bench, cases, 1 if arguments.quick else arguments.rounds, arguments.partial_layers)
     if not arguments.json:
         print(format_conditions(result))
         if result["search"]:
@@ -85,15 +86,11 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def _measured(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    from sparseflow.bench.machine import Machine
-    from sparseflow.bench.report import note_agreement, summarise
-
-    limit = arguments.limit
-    conditions = Conditions(
+def _conditions(arguments: argparse.Namespace, scratch: Path) -> Conditions:
+    return Conditions(
         checkpoint=arguments.model.resolve(),
         store=(arguments.store or _converted(arguments, scratch)).resolve(),
-        limit_nbytes=limit,
+        limit_nbytes=arguments.limit,
         memory=parse_size(arguments.memory) if arguments.memory not in (None, "auto") else arguments.memory,
         reserve_nbytes=arguments.reserve,
         tokens=4 if arguments.quick else arguments.tokens,
@@ -106,46 +103,6 @@ def _measured(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         pythons=dict(arguments.python),
         converted={peer: str(Path(folder).resolve()) for peer, folder in arguments.converted},
     )
-    cases = arguments.cases or [Case.parse(text) for text in (_UNLIMITED if limit is None else _LIMITED)]
-    bench = Bench(conditions, _group_parent(limit), scratch, _say)
-    for peer in {case.peer for case in cases if case.needs_conversion}:
-        bench.convert(peer)
-    machine = Machine(bench)
-    n_rounds = 1 if arguments.quick else arguments.rounds
-    runs, searched, base_nbytes = run_rounds(bench, cases, n_rounds, arguments.partial_layers, machine.measure)
-    note_agreement(runs)
-    limits = machine.memory_bytes_per_s, machine.random_bytes_per_s
-    return {
-        "conditions": _shown(conditions),
-        "environment": machine.environment(),
-        "limit": _described(bench, limit),
-        "is_cold": arguments.cold or limit is not None,
-        "could_swap": limit is not None and could_swap(bench),
-        "base_nbytes": base_nbytes,
-        "machine": machine.report(),
-        "summary": summarise(runs, *limits),
-        "search": summarise(searched, *limits),
-        "runs": [{name: value for name, value in run.items() if name != "mapped_files"} for run in runs],
-        "ok": all(any(run["status"] == "ok" for run in runs if run["label"] == label) for label in _labels(runs)),
-    }
-
-
-def _shown(conditions: Conditions) -> dict[str, Any]:
-    """What a reader elsewhere can make use of: names instead of paths."""
-    shown = asdict(conditions) | {"checkpoint": conditions.checkpoint.name, "store": conditions.store.name}
-    return shown | {name: list(shown[name]) for name in ("pythons", "converted")}
-
-
-def _labels(runs: list[dict[str, Any]]) -> set[str]:
-    return {run["label"] for run in runs}
-
-
-def _described(bench: Bench, limit: int | None) -> str:
-    if limit is None:
-        return "no limit of memory"
-    if bench.parent is None:
-        return f"no cgroup can be made here: weights evicted before every token, for a limit of {format_size(limit)}"
-    return f"{format_size(limit)} of memory with page cache (cgroup v{bench.parent.interface.version})"
 
 
 def _group_parent(limit: int | None) -> GroupParent | None:

@@ -23,11 +23,13 @@ LookaheadMode = Literal["auto", "off", "input", "before", "trained"]
 # less: on the demo model 0.45-0.6 of those named are active then, instead of 0.6-0.7.
 DEFAULT_DISTANCE = 1
 
+# Of the bundles that trained predictors name. Below, their reads cost the disk more than they spare.
+LEAST_USEFUL = 0.5
+
 # Reads must take this many scorings. Measured, OPT-1.3B's shape: at 2 (5 % of the bundles in memory, a disk that reads
 # 900 MB/s at random) tokens took 1.13 times as long with lookahead as without.
 _SCORINGS = 3
 _MEMORY = 0.95  # weight of the past in the running means
-_LEAST_USEFUL = 0.5  # of the bundles that trained predictors had read; below, they cost the disk more than they spare
 
 
 class TrainedLookahead:
@@ -69,7 +71,7 @@ class Lookahead:
     """When to look ahead, and from what.
 
     `input`: by scoring with what enters the layer; `before`: with what enters the MLP before it; `trained`: by trained
-    predictors; `auto`: by trained ones where there are, else as `before`, where it pays.
+    predictors, those layers that have one; `auto`: by trained ones if there are any, else as `before`, where it pays.
     """
 
     def __init__(self, read_times: ReadTimes, ffn_dim: int, trained_s: float | None = None) -> None:
@@ -111,7 +113,7 @@ class Lookahead:
         """Whether to look ahead by trained predictors."""
         if self._trained_s is None:
             return False
-        pays = self._useful_share > _LEAST_USEFUL and self._pays(self._trained_s)
+        pays = self._useful_share > LEAST_USEFUL and self._pays(self._trained_s)
         return self.mode == "trained" or (self.mode == "auto" and pays)
 
     def _pays(self, cost_s: float) -> bool:

@@ -141,6 +141,15 @@ def test_what_is_cheapest_nowhere_is_not_stored_and_asking_for_it_says_so(uncali
     assert not any(name.startswith(min(dropped)[1]) for name in stored)
     with pytest.raises(BadRequest, match="--keep-all"):
         SparseOPTForCausalLM.from_pretrained(uncalibrated, fidelity=f"calibrated:0.99:{min(dropped)[1]}")
+    precisions: dict[bool, list[float]] = {True: [], False: []}
+    for layer, record in enumerate(calibration.layers):
+        used = record.lookahead[min(1, layer)]
+        precisions[used.is_kept].append(record.active_share * used.recall / used.candidate_share)
+        stored = {name.split(".")[0] for name in tensors_in(uncalibrated / calibrated_name(layer))}
+        kept = [f"lookahead{distance}" in stored for distance in range(3)]
+        assert kept == [used.is_kept and distance == min(1, layer) for distance in range(3)]
+    assert min(precisions[True]) > 0.4  # half, on other tokens
+    assert max(precisions[False]) < 0.6
 
 
 def test_a_killed_calibration_leaves_the_store_as_it_was_and_goes_on(
