@@ -141,13 +141,18 @@ class WeightClient:
 
     def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> Fetch:
         """As `WeightSource.fetch`."""
+        bundles = self.resident(layer)
+        return ServedFetch(self, layer, ids, keep) if bundles is None else MappedFetch(HostBundles(bundles, ids))
+
+    def resident(self, layer: int) -> "Tensor | None":
+        """As `WeightSource.resident`. With the first layer another server is looked for, where this one has ended."""
         self._require_own()
         if layer == 0 and self.attachment.welcome.is_resident and self.attachment.has_ended():
             self._look_for_successor()
-        if self.attachment.welcome.is_resident:
-            first = layer * self.profile.ffn_dimension
-            return MappedFetch(HostBundles(self.attachment.bundles[first : first + self.profile.ffn_dimension], ids))
-        return ServedFetch(self, layer, ids, keep)
+        if not self.attachment.welcome.is_resident:
+            return None
+        first = layer * self.profile.ffn_dimension
+        return self.attachment.bundles[first : first + self.profile.ffn_dimension]
 
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""

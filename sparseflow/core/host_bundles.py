@@ -48,6 +48,10 @@ class BundleHolder(Protocol):
         """As `WeightSource.fetch`."""
         ...
 
+    def resident(self, layer: int) -> "Tensor | None":
+        """As `WeightSource.resident`."""
+        ...
+
     def counts(self) -> FetchCounts | None:
         """What was fetched so far; None where nothing is counted."""
         ...
@@ -81,6 +85,10 @@ class MappedBundles:
     def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> "MappedFetch":
         """As `WeightSource.fetch`."""
         return MappedFetch(HostBundles(self._bundles[layer], ids))
+
+    def resident(self, layer: int) -> "Tensor | None":
+        """As `WeightSource.resident`."""
+        return self._bundles[layer]
 
     def counts(self) -> None:
         """Nothing is counted."""
@@ -152,6 +160,10 @@ class ArenaBundles:
     def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> "ArenaFetch":
         """As `WeightSource.fetch`."""
         return ArenaFetch(self._engine, self._base, self._engine.fetch(layer, ids, keep))
+
+    def resident(self, layer: int) -> "Tensor | None":
+        """None: a bundle is here between two evictions."""
+        return None
 
     def counts(self) -> FetchCounts:
         """As `BundleHolder.counts`."""

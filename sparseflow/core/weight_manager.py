@@ -172,6 +172,10 @@ class DiskWeightStore:
         """As `WeightSource.fetch`."""
         return self._bundles.fetch(layer, ids, keep)
 
+    def resident(self, layer: int) -> "Tensor | None":
+        """As `WeightSource.resident`."""
+        return self._bundles.resident(layer)
+
     def counts(self) -> FetchCounts | None:
         """As `WeightSource.counts`."""
         return self._bundles.counts()

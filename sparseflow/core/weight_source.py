@@ -134,6 +134,13 @@ class WeightSource(Protocol):
         """
         ...
 
+    def resident(self, layer: int) -> "Tensor | None":
+        """All bundles of a layer, (ffn_dim, 2, hidden) in the order of ids; None where they come and go.
+
+        To be read at once, and asked for again for the next step: a server that ends takes them along.
+        """
+        ...
+
     def counts(self) -> FetchCounts | None:
         """What all fetches through this source have cost so far; None where nothing is counted. Cheap."""
         ...

@@ -32,6 +32,9 @@ class RecordingSource:
             self._noted.setdefault(layer, []).append(ids)
         return self._source.fetch(layer, ids, keep)
 
+    def resident(self, layer: int) -> None:
+        """Nothing is, so that all is fetched."""
+
     def take(self) -> list[Step]:
         """A step for each layer that was fetched since the last call, in that order; parts of one step joined."""
         steps = [Step(layer, np.concatenate(parts)) for layer, parts in self._noted.items()]

@@ -63,18 +63,6 @@ class CodedRows(NamedTuple):
         return n_passes * sum(t.nbytes for t in per_pass) + n_fine_rows * (self.fine.shape[1] * 2 + 4)
 
 
-class Scored(NamedTuple):
-    """What the kernel found.
-
-    ids: (n,) uint32, ascending: the candidates. bounds: (n_tokens, ffn_dim) float32. n_fine_rows: rows whose fine plane
-    was read.
-    """
-
-    ids: NDArray[np.uint32]
-    bounds: NDArray[np.float32]
-    n_fine_rows: int
-
-
 def candidates(
     rows: CodedRows, x: Tensor, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
 ) -> NDArray[np.uint32]:
@@ -91,7 +79,7 @@ def candidates(
     Returns:
         (n,) uint32, ascending.
     """
-    return Scorer(rows, margin, failure_probability, threshold, planes)(x).ids
+    return Scorer(rows, margin, failure_probability, threshold, planes).select(x)[0]
 
 
 def upper_bounds(
@@ -101,24 +89,16 @@ def upper_bounds(
 
     Each is the last one computed: the coarse plane's where that settles the neuron for this token.
     """
-    scored = Scorer(rows, margin, failure_probability, threshold, planes)(x, needs_all=True)
-    return torch.from_numpy(scored.bounds)
+    return torch.from_numpy(Scorer(rows, margin, failure_probability, threshold, planes).bounds(x)[0])
 
 
-# Fields of the kernel's argument block that point into a call's scratch memory: bounds, ids, counts, then the fields of
-# `scoring.Tokens` and the scores.
-_IN_SCRATCH = np.array([15, 16, 17, *range(19, 27)])
+class Layout(NamedTuple):
+    """An argument block for one number of threads and tokens, and the size of the scratch memory that it divides."""
 
-
-class _Layout(NamedTuple):
-    """Of a call's scratch memory, for one number of threads and tokens. bounds, ids: offsets; so is `block` there."""
-
-    n_parts: int
+    n_threads: int
     n_tokens: int
     block: NDArray[np.int64]
     nbytes: int
-    bounds: int
-    ids: int
 
 
 class Scorer:
@@ -135,44 +115,62 @@ class Scorer:
         self._settings = np.array([margin, factor, threshold, planes, float_unit])
         self._shape = n_neurons, n_groups
         weights = (rows.coarse, rows.fine, rows.scales, rows.bias, rows.norms)
+        self._block = np.zeros(scoring.N_FIELDS, np.int64)
+        self._block[scoring.N_NEURONS], self._block[scoring.N_GROUPS] = n_neurons, n_groups
         addresses = [t.data_ptr() for t in (*weights, rows.coarse_error_norms, rows.fine_error_norms, rows.dither)]
-        fields = (0, n_neurons, n_groups, 0, 0, *addresses, 0, self._settings.ctypes.data)
-        self._block = np.array(fields + (0,) * (scoring.N_FIELDS - len(fields)), np.int64)
-        self._block[27] = scoring.kernel().address
-        self._layout = self._laid_out(1, 1)
+        self._block[scoring.COARSE : scoring.DITHER + 1] = addresses
+        self._block[scoring.SETTINGS] = self._settings.ctypes.data
+        self._block[scoring.KERNEL] = scoring.kernel().address
+        self._layout = self.layout(1, 1)
         self._pass_nbytes, self._row_nbytes = rows.nbytes_read(1, 0), rows.nbytes_read(0, 1)
 
-    def __call__(self, x: Tensor, *, needs_all: bool = False) -> Scored:
-        """As `candidates`.
+    def select(self, x: Tensor) -> tuple[NDArray[np.uint32], int]:
+        """Candidates, and how many rows of the fine plane were read. x: as `candidates` is told.
 
-        needs_all: the last bound of every token is wanted, and `n_fine_rows` counts each token as if it were alone.
-            Else a neuron is done with once it is a candidate for one token.
+        A neuron is done with once it is a candidate for one token.
         """
-        n_neurons, _ = self._shape
+        scratch, block = self._scored(x, needs_all=False)
+        n_found, n_fine_rows = scratch[:16].view(np.int64).tolist()
+        ids = int(block[scoring.IDS])
+        return scratch[ids : ids + 4 * n_found].view(np.uint32), n_fine_rows
+
+    def bounds(self, x: Tensor) -> tuple[NDArray[np.float32], int]:
+        """The last bound of every neuron for every token, (n_tokens, ffn_dim); and how many rows of the fine plane were
+        read, each token counted as if it were alone.
+        """
+        scratch, block = self._scored(x, needs_all=True)
+        _, n_fine_rows = scratch[:16].view(np.int64).tolist()
+        bounds, (n_neurons, _) = int(block[scoring.BOUNDS]), self._shape
+        found = scratch[bounds : bounds + 4 * len(x) * n_neurons].view(np.float32)
+        return found.reshape(len(x), n_neurons), n_fine_rows
+
+    def _scored(self, x: Tensor, *, needs_all: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The scratch memory that the kernel has filled, its counts first, and the block that says what lies where."""
         n_tokens, hidden = x.shape
         layout = self._layout
-        if (torch.get_num_threads(), n_tokens) != (layout.n_parts, layout.n_tokens):
-            layout = self._layout = self._laid_out(torch.get_num_threads(), n_tokens)
+        if (torch.get_num_threads(), n_tokens) != (layout.n_threads, layout.n_tokens):
+            layout = self._layout = self.layout(torch.get_num_threads(), n_tokens)
         scratch = np.empty(layout.nbytes, np.uint8)
         block = layout.block.copy()
-        block[4], block[13], block[18] = hidden, x.data_ptr(), needs_all
-        block[_IN_SCRATCH] += scratch.ctypes.data
+        block[scoring.HIDDEN], block[scoring.NEEDS_ALL], block[scoring.X] = hidden, needs_all, x.data_ptr()
+        block[scoring.SCRATCH] = scratch.ctypes.data
         threads.run_serial(scoring.team_kernel(), block)
-        n_found, n_fine_rows = scratch[:16].view(np.int64).tolist()
-        ids = scratch[layout.ids : layout.ids + 4 * n_found].view(np.uint32)
-        bounds = scratch[layout.bounds : layout.bounds + 4 * n_tokens * n_neurons].view(np.float32)
-        return Scored(ids, bounds.reshape(n_tokens, n_neurons), n_fine_rows)
+        return scratch, block
 
-    def _laid_out(self, n_parts: int, n_tokens: int) -> "_Layout":
+    def layout(self, n_threads: int, n_tokens: int) -> Layout:
+        """For a call; HIDDEN, NEEDS_ALL, X and SCRATCH are left to set."""
         n_neurons, n_groups = self._shape
-        n_places = n_parts * n_tokens * n_groups
-        of_tokens = (2 * GROUP * n_places, 4 * LANES * n_places, *[8 * n_places] * 4, 16 * n_parts * n_tokens)
-        sizes = (16 * n_parts, 4 * n_tokens * n_neurons, 4 * n_neurons, *of_tokens, 8 * n_tokens * n_neurons)
-        counts, bounds, ids, *others, end = itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
+        n_places = n_threads * n_tokens * n_groups
+        of_tokens = (2 * GROUP * n_places, 4 * LANES * n_places, 4 * n_places, *[8 * n_places] * 3)
+        sizes = (
+            *(16 * n_threads * scoring.PARTS_A_THREAD, 4 * n_tokens * n_neurons, 4 * n_neurons),
+            *(*of_tokens, 16 * n_threads * n_tokens, 8 * n_tokens * n_neurons),
+        )
+        *starts, end = itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
         block = self._block.copy()
-        block[0], block[3] = n_parts, n_tokens
-        block[_IN_SCRATCH] = (bounds, ids, counts, *others)
-        return _Layout(n_parts, n_tokens, block, end, bounds, ids)
+        block[scoring.N_THREADS], block[scoring.N_TOKENS] = n_threads, n_tokens
+        block[scoring.COUNTS : scoring.SCORES + 1] = starts
+        return Layout(n_threads, n_tokens, block, end)
 
     def nbytes_read(self, n_passes: int, n_fine_rows: int) -> int:
         """As `CodedRows.nbytes_read`."""

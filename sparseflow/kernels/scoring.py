@@ -1,7 +1,8 @@
 """The kernel of `kernels/bounds.py`, which says what it computes: bounds of all neurons for some tokens.
 
-Each thread quantises the tokens for itself (no barrier), then goes over its part of the neurons twice: the coarse plane
-of all, then the fine plane of those that are left. A row is asked for while others before it are read.
+Each thread quantises the tokens for itself (no barrier), then takes one part of the neurons after the other and goes
+over it twice: the coarse plane of all, then the fine plane of those that are left. A row is asked for while others
+before it are read.
 """
 
 from functools import cache
@@ -20,17 +21,25 @@ from sparseflow.kernels.intrinsics import (
     int32_at,
     int64_at,
     nibble_dot,
+    take_next,
     uint32_at,
 )
-from sparseflow.kernels.threads import compile_kernel, run_team, team_rank, team_size
+from sparseflow.kernels.threads import compile_kernel, run_team, team_rank
 from sparseflow.store.codes import FINE_STEPS, GROUP, ROW_GROUP_WORDS
 
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _BIAS_SLACK = 2.0**-48  # float64 scores are rounded where the bias is added
 _UNDERFLOW_SLACK = 1e-30  # products of float32 scales that round to 0; a pre-activation this near to 0 is a candidate
-N_FIELDS = 28  # of the argument block
 _ROWS_AHEAD = 3  # how many rows before its turn a row is asked for
+PARTS_A_THREAD = 4
+
+# Places in the argument block: numbers; addresses; and where in the scratch memory things lie, bytes from its start.
+N_THREADS, N_NEURONS, N_GROUPS, N_TOKENS, HIDDEN, NEEDS_ALL, NEXT_PART = range(7)
+COARSE, FINE, SCALES, BIAS, NORMS, COARSE_ERROR_NORMS, FINE_ERROR_NORMS, DITHER = range(7, 15)
+SETTINGS, X, SCRATCH, KERNEL = range(15, 19)
+COUNTS, BOUNDS, IDS, CODES, STARTS, STEPS, SQUARES, COARSE_OFFSETS, FINE_OFFSETS, TOKEN_NORMS, SCORES = range(19, 30)
+N_FIELDS = 30
 
 
 class Layer(NamedTuple):
@@ -232,43 +241,53 @@ def _fine_pass(layer, tokens, settings, scores, bounds, found, n_open, needs_all
 
 
 @njit(fastmath=_FASTMATH)
-def _score_part(block, part, n_parts):
-    """Quantise the tokens, bound one part of the neurons, and list its candidates from its first neuron's place on.
+def _score_parts(block, rank):
+    """Quantise the tokens; bound part after part of the neurons, listing each one's candidates from its first on.
 
-    block: as `bounds.Scorer` lays it out.
+    A thread that loses its core for a while leaves the others more parts. block: as `bounds.Scorer` lays it out.
     """
-    n_neurons, n_groups, n_tokens, hidden = block[1], block[2], block[3], block[4]
+    n_neurons, n_groups, n_tokens, hidden = block[N_NEURONS], block[N_GROUPS], block[N_TOKENS], block[HIDDEN]
     layer = Layer(
-        int16_at(block[5]), int16_at(block[6]), float32_at(block[7]), float32_at(block[8]), float32_at(block[9]),
-        float32_at(block[10]), float32_at(block[11]), n_neurons, n_groups,
+        int16_at(block[COARSE]), int16_at(block[FINE]), float32_at(block[SCALES]), float32_at(block[BIAS]),
+        float32_at(block[NORMS]), float32_at(block[COARSE_ERROR_NORMS]), float32_at(block[FINE_ERROR_NORMS]),
+        n_neurons, n_groups,
     )  # fmt: skip
-    places = part * n_tokens * n_groups
+    scratch, places = block[SCRATCH], rank * n_tokens * n_groups
     tokens = Tokens(
-        advance(int16_at(block[19]), places * GROUP), advance(int32_at(block[20]), places * LANES),
-        advance(float32_at(block[21]), places), advance(float64_at(block[22]), places),
-        advance(float64_at(block[23]), places), advance(float64_at(block[24]), places),
-        advance(float64_at(block[25]), part * n_tokens * 2), n_tokens,
-    )  # fmt: skip
-    numbers = float64_at(block[14])
+        advance(int16_at(scratch + block[CODES]), places * GROUP),
+        advance(int32_at(scratch + block[STARTS]), places * LANES),
+        advance(float32_at(scratch + block[STEPS]), places),
+        advance(float64_at(scratch + block[SQUARES]), places),
+        advance(float64_at(scratch + block[COARSE_OFFSETS]), places),
+        advance(float64_at(scratch + block[FINE_OFFSETS]), places),
+        advance(float64_at(scratch + block[TOKEN_NORMS]), rank * n_tokens * 2),
+        n_tokens,
+    )
+    numbers = float64_at(block[SETTINGS])
     settings = Settings(numbers[0] != 0, numbers[1], numbers[2], numbers[3])
-    scores, bounds, counts = float64_at(block[26]), float32_at(block[15]), int64_at(block[17])
+    scores, bounds = float64_at(scratch + block[SCORES]), float32_at(scratch + block[BOUNDS])
+    counts, ids = int64_at(scratch + block[COUNTS]), uint32_at(scratch + block[IDS])
     for t in range(n_tokens):
-        x = advance(float32_at(block[13]), t * hidden)
-        _quantise_token(tokens, t, x, hidden, n_groups, float32_at(block[12]), numbers[4])
-    first, last = n_neurons * part // n_parts, n_neurons * (part + 1) // n_parts
-    found = advance(uint32_at(block[16]), first)
-    count = _coarse_pass(layer, tokens, settings, first, last, scores, bounds, found)
-    n_read = 0
-    if settings.planes > 1:
-        count, n_read = _fine_pass(layer, tokens, settings, scores, bounds, found, count, block[18] != 0)
-    counts[2 * part], counts[2 * part + 1] = count, n_read
+        x = advance(float32_at(block[X]), t * hidden)
+        _quantise_token(tokens, t, x, hidden, n_groups, float32_at(block[DITHER]), numbers[4])
+    n_parts = block[N_THREADS] * PARTS_A_THREAD
+    part = take_next(advance(block, NEXT_PART))
+    while part < n_parts:
+        first, last = n_neurons * part // n_parts, n_neurons * (part + 1) // n_parts
+        found = advance(ids, first)
+        count = _coarse_pass(layer, tokens, settings, first, last, scores, bounds, found)
+        n_read = 0
+        if settings.planes > 1:
+            count, n_read = _fine_pass(layer, tokens, settings, scores, bounds, found, count, block[NEEDS_ALL] != 0)
+        counts[2 * part], counts[2 * part + 1] = count, n_read
+        part = take_next(advance(block, NEXT_PART))
 
 
 @njit
-def _join(block):
+def join(block):
     """What the parts have found, one after the other from the first place on; both counts become the first part's."""
-    n_parts, n_neurons = block[0], block[1]
-    found, counts = uint32_at(block[16]), int64_at(block[17])
+    n_parts, n_neurons = block[N_THREADS] * PARTS_A_THREAD, block[N_NEURONS]
+    found, counts = uint32_at(block[SCRATCH] + block[IDS]), int64_at(block[SCRATCH] + block[COUNTS])
     count = counts[0]
     for part in range(1, n_parts):
         first = n_neurons * part // n_parts
@@ -281,14 +300,14 @@ def _join(block):
 
 @cache
 def team_kernel() -> Any:
-    """`kernel` on as many threads as there are parts, and what they found joined. Compiled on first use."""
+    """`kernel` on all threads, and what they found joined. Compiled on first use."""
     digest = DIGEST
 
     def score_by_team(args):
         block = int64_at(args)
         if digest:
-            run_team(block[27], args, block[0], 0)
-            _join(block)
+            run_team(block[KERNEL], args, block[N_THREADS], 0)
+            join(block)
 
     return compile_kernel(score_by_team)
 
@@ -301,7 +320,6 @@ def kernel() -> Any:
     def score_neurons(args):
         block = int64_at(args)
         if digest:
-            for part in range(np.int64(team_rank()), block[0], np.int64(team_size())):
-                _score_part(block, part, block[0])
+            _score_parts(block, np.int64(team_rank()))
 
     return compile_kernel(score_neurons)

@@ -31,7 +31,14 @@ from sparseflow.kernels.threads import compile_kernel, run_team
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _PARTS_A_THREAD = 4
-_NEXT_PART = 13  # place of a counter in the argument block
+
+# Places in the argument block: numbers; addresses, float32 but bundles (weights' type), slots and ids (uint32); and in
+# scratch memory: sums (n_parts x tokens x hidden), n_active (n_parts, int64), and for several tokens wide, (n_parts x 2
+# x hidden).
+N_THREADS, N_NEURONS, N_TOKENS, HIDDEN, STRIDE, NEXT_PART = range(6)
+BUNDLES, SLOTS, IDS, FC1_BIAS, FC2_BIAS, X, Y, KERNEL = range(6, 14)
+SUMS, N_ACTIVE, WIDE = range(14, 17)
+N_FIELDS = 17
 
 
 class SparseMLPOutput(NamedTuple):
@@ -108,20 +115,18 @@ def _add_neurons(block, bundles):
     A thread that loses its core for a while (a weight server reads, another process computes) leaves the others more
     parts; which thread has which makes no difference to the sums.
 
-    block: n_parts, n_neurons, n_tokens, hidden, bundles, stride (elements), slots (uint32), neuron ids (uint32),
-    fc1 bias, x, sums (n_parts x tokens x hidden), n_active (int64: n_parts), scratch (n_parts x 2 x hidden; of several
-    tokens only), the next part to take, fc2 bias, y, the address of this kernel, n_threads; float32 where not said.
-    bundles: a pointer of the weights' type.
+    block: as above; stride in elements. bundles: a pointer of the weights' type.
     """
-    n_parts, n_neurons, n_tokens, hidden, stride = block[0], block[1], block[2], block[3], block[5]
-    slots, ids, fc1_bias = uint32_at(block[6]), uint32_at(block[7]), float32_at(block[8])
-    x, sums, n_active = float32_at(block[9]), float32_at(block[10]), int64_at(block[11])
+    n_parts, n_neurons, n_tokens = block[N_THREADS] * _PARTS_A_THREAD, block[N_NEURONS], block[N_TOKENS]
+    hidden, stride = block[HIDDEN], block[STRIDE]
+    slots, ids, fc1_bias = uint32_at(block[SLOTS]), uint32_at(block[IDS]), float32_at(block[FC1_BIAS])
+    x, sums, n_active = float32_at(block[X]), float32_at(block[SUMS]), int64_at(block[N_ACTIVE])
     width = n_tokens * hidden
-    next_part = advance(block, _NEXT_PART)
+    next_part = advance(block, NEXT_PART)
     part = take_next(next_part)
     while part < n_parts:
         total = advance(sums, part * width)
-        wide = advance(float32_at(block[12]), part * 2 * hidden)
+        wide = advance(float32_at(block[WIDE]), part * 2 * hidden)
         for j in range(width):
             total[j] = np.float32(0)
         count = 0
@@ -145,15 +150,11 @@ def _add_neurons(block, bundles):
 
 
 @njit(fastmath=_FASTMATH)
-def _join(block):
+def join(block):
     """y = fc2's bias and the sums of all parts; all counts of active neurons become the first part's."""
-    n_parts, n_tokens, hidden = block[0], block[2], block[3]
-    sums, n_active, fc2_bias, y = (
-        float32_at(block[10]),
-        int64_at(block[11]),
-        float32_at(block[14]),
-        float32_at(block[15]),
-    )
+    n_parts, n_tokens, hidden = block[N_THREADS] * _PARTS_A_THREAD, block[N_TOKENS], block[HIDDEN]
+    sums, n_active = float32_at(block[SUMS]), int64_at(block[N_ACTIVE])
+    fc2_bias, y = float32_at(block[FC2_BIAS]), float32_at(block[Y])
     width = n_tokens * hidden
     for row in range(0, width, hidden):
         for j in range(hidden):
@@ -174,31 +175,31 @@ def _team_kernel() -> Any:
     def compute_by_team(args):
         block = int64_at(args)
         if digest:
-            run_team(block[16], args, block[17], 0)
-            _join(block)
+            run_team(block[KERNEL], args, block[N_THREADS], 0)
+            join(block)
 
     return compile_kernel(compute_by_team)
 
 
 @cache
-def _kernel(dtype: torch.dtype) -> Any:
+def kernel(dtype: torch.dtype) -> Any:
     """Compiled on first use."""
     digest = DIGEST
 
     def float16(args):
         block = int64_at(args)
         if digest:
-            _add_neurons(block, half_at(block[4]))
+            _add_neurons(block, half_at(block[BUNDLES]))
 
     def bfloat16(args):
         block = int64_at(args)
         if digest:
-            _add_neurons(block, bfloat_at(block[4]))
+            _add_neurons(block, bfloat_at(block[BUNDLES]))
 
     def float32(args):
         block = int64_at(args)
         if digest:
-            _add_neurons(block, float32_at(block[4]))
+            _add_neurons(block, float32_at(block[BUNDLES]))
 
     return compile_kernel({torch.float16: float16, torch.bfloat16: bfloat16, torch.float32: float32}[dtype])
 
@@ -220,19 +221,32 @@ def sparse_mlp(
     """
     n_tokens, hidden = x.shape
     n_threads = torch.get_num_threads()
-    n_parts = n_threads * _PARTS_A_THREAD
     y = torch.empty(n_tokens, hidden)
-    n_sums = n_parts * n_tokens * hidden
-    scratch = np.empty(8 * n_parts + 4 * n_sums + 8 * n_parts * hidden * (n_tokens > 1), np.uint8)
-    n_active = scratch.ctypes.data
-    sums = n_active + 8 * n_parts
-    block = (
-        *(n_parts, len(ids), n_tokens, hidden, bundles.data_ptr(), bundles.stride(0)),
-        *(slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr(), x.data_ptr(), sums, n_active, sums + 4 * n_sums, 0),
-        *(fc2_bias.data_ptr(), y.data_ptr(), _kernel(bundles.dtype).address, n_threads),
+    scratch = np.empty(scratch_nbytes(n_threads, n_tokens, hidden), np.uint8)
+    block = np.array(
+        (
+            *(n_threads, len(ids), n_tokens, hidden, bundles.stride(0), 0),
+            *(bundles.data_ptr(), slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr(), fc2_bias.data_ptr()),
+            *(x.data_ptr(), y.data_ptr(), kernel(bundles.dtype).address),
+            *scratch_fields(n_threads, n_tokens, hidden, scratch.ctypes.data),
+        ),
+        np.int64,
     )
-    threads.run_serial(_team_kernel(), np.array(block, np.int64))
+    threads.run_serial(_team_kernel(), block)
     return SparseMLPOutput(y, int(scratch[:8].view(np.int64)[0]))
+
+
+def scratch_fields(n_threads: int, n_tokens: int, hidden: int, address: int) -> tuple[int, int, int]:
+    """The argument block's last fields, for scratch memory at an address; counts of active neurons come first."""
+    n_parts = n_threads * _PARTS_A_THREAD
+    sums = address + 8 * n_parts
+    return sums, address, sums + 4 * n_parts * n_tokens * hidden
+
+
+def scratch_nbytes(n_threads: int, n_tokens: int, hidden: int) -> int:
+    """Of that memory."""
+    n_parts = n_threads * _PARTS_A_THREAD
+    return 8 * n_parts + 4 * n_parts * n_tokens * hidden + 8 * n_parts * hidden * (n_tokens > 1)
 
 
 def sparse_mlp_ref(

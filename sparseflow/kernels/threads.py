@@ -21,7 +21,7 @@ from numba.core.typing.templates import Signature
 
 from sparseflow.errors import DiskError
 
-_SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_SYMBOLS = ("GOMP_parallel", "omp_get_thread_num")
 
 # A kernel's one argument: the address of its int64 argument block.
 KERNEL_SIGNATURE: Signature = types.void(types.intp)
@@ -29,7 +29,6 @@ KERNEL_SIGNATURE: Signature = types.void(types.intp)
 # From within a kernel: call another, by its address, on so many threads and wait for all: (kernel, args, n_threads, 0).
 run_team = types.ExternalFunction("GOMP_parallel", types.void(types.intp, types.intp, types.uint32, types.uint32))
 team_rank = types.ExternalFunction("omp_get_thread_num", types.intc())
-team_size = types.ExternalFunction("omp_get_num_threads", types.intc())
 
 
 def _loaded_openmp_runtimes() -> list[str]:
@@ -101,8 +100,8 @@ def run(kernel: Any, args: np.ndarray, n_threads: int) -> None:
     """Call a compiled kernel once on each of `n_threads` threads and wait for all.
 
     Args:
-        kernel: a numba `cfunc` of `KERNEL_SIGNATURE`. Its parts are divided by `team_rank()` and `team_size()`, or
-            by a counter that all threads take the next one from.
+        kernel: a numba `cfunc` of `KERNEL_SIGNATURE`. Its threads take one part of the work after the other
+            from a counter.
         args: (n,) int64, the kernel's argument block: sizes and addresses; whatever they point to must stay alive.
         n_threads: threads asked for; the runtime may give fewer.
     """

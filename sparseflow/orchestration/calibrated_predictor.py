@@ -33,6 +33,8 @@ from sparseflow.store.calibration import PROFILE_NAME, Calibration
 class LowRankOfLayer:
     """Chooses where the score of a `LowRank` is not <= 0."""
 
+    scorer = None
+
     def __init__(self, low_rank: LowRank) -> None:
         self._low_rank = low_rank
         self.nbytes_read = 0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
-from sparseflow.kernels.bounds import CodedRows, Margin, Scored, Scorer
+from sparseflow.kernels.bounds import CodedRows, Margin, Scorer
 from sparseflow.store.profile import ModelProfile
 
 # Probability that one token misses any active neuron in any layer under `exact`.
@@ -37,6 +37,10 @@ class NeuronPredictor(Protocol):
         """Bytes of predictor weights read by `select` and `bounds` so far; `bounds` counts each token as if alone."""
         ...
 
+    def scorer(self, layer: int) -> Scorer | None:
+        """What `select` asks, where that is codes."""
+        ...
+
     def select(self, layer: int, x: Tensor) -> NDArray[np.uint32]:
         """Neurons to compute for all of these tokens together, ascending. x: (n_tokens, hidden) float32, contiguous."""
         ...
@@ -53,6 +57,11 @@ class LayerPredictor(Protocol):
     """Chooses neurons of one layer, as `NeuronPredictor` does of all."""
 
     nbytes_read: int
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """As `NeuronPredictor.scorer`."""
+        ...
 
     def select(self, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""
@@ -72,6 +81,10 @@ class LayeredPredictor:
         """What each layer's is."""
         self.fidelity = fidelity
         self.nbytes_read = 0
+
+    def scorer(self, layer: int) -> Scorer | None:
+        """As `NeuronPredictor.scorer`."""
+        return self._layers[layer].scorer
 
     def select(self, layer: int, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""
@@ -102,21 +115,20 @@ class CodesOfLayer:
             threshold: scales the margin; any value but 1.0 gives up the bound's promise.
             planes: of the codes, that may be read.
         """
-        self._scorer = Scorer(rows, margin, failure_probability, threshold, planes)
+        self.scorer = Scorer(rows, margin, failure_probability, threshold, planes)
         self.nbytes_read = 0
 
     def select(self, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""
-        return self._score(x, needs_all=False).ids
+        ids, n_fine_rows = self.scorer.select(x)
+        self.nbytes_read += self.scorer.nbytes_read(1, n_fine_rows)
+        return ids
 
     def bounds(self, x: Tensor) -> Tensor:
         """As `NeuronPredictor.bounds`."""
-        return torch.from_numpy(self._score(x, needs_all=True).bounds)
-
-    def _score(self, x: Tensor, *, needs_all: bool) -> Scored:
-        scored = self._scorer(x, needs_all=needs_all)
-        self.nbytes_read += self._scorer.nbytes_read(len(x) if needs_all else 1, scored.n_fine_rows)
-        return scored
+        bounds, n_fine_rows = self.scorer.bounds(x)
+        self.nbytes_read += self.scorer.nbytes_read(len(x), n_fine_rows)
+        return torch.from_numpy(bounds)
 
 
 def bound_predictor(source: WeightSource, margin: Margin, activation_threshold: float = 1.0) -> LayeredPredictor:
@@ -147,6 +159,9 @@ class OraclePredictor:
     def __init__(self, source: WeightSource) -> None:
         self._source = source
         self._biases = fc1_biases(source)
+
+    def scorer(self, layer: int) -> None:
+        """None."""
 
     def select(self, layer: int, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""

@@ -20,6 +20,7 @@ from sparseflow.engine.counts import FetchCounts
 from sparseflow.engine.memory_plan import DENSE_PART_NBYTES
 from sparseflow.errors import ArenaBusy, BadRequest
 from sparseflow.kernels.dense_mlp import dense_mlp
+from sparseflow.kernels.mlp_step import MLPStep, Stepped
 from sparseflow.kernels.sparse_mlp import sparse_mlp
 from sparseflow.orchestration.calibrated_predictor import lookahead_predictors
 from sparseflow.orchestration.density import Crossover, MeasuredCrossover, Trial
@@ -93,10 +94,8 @@ class TransferCoordinator:
             crossover: when a step goes dense; None: measured.
         """
         self.source = source
-        self.predictor = predictor
         profile = source.profile
         self._everything = np.arange(profile.ffn_dimension, dtype=np.uint32)
-        self.crossover = crossover or self._measured_crossover()
         self.stats = RunStats()
         self.profiling = True
         """Count; off, all counts stay 0."""
@@ -113,11 +112,26 @@ class TransferCoordinator:
         fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
         self._no_bias = torch.zeros(profile.hidden_dimension)
         self._wide_biases = list(zip(fc1_biases(source), fc2, strict=True))
+        self.predictor = predictor
+        self.crossover = crossover or self._measured_crossover()
+
+    @property
+    def predictor(self) -> NeuronPredictor | None:
+        """Chooses neurons; None computes every layer dense."""
+        return self._predictor
+
+    @predictor.setter
+    def predictor(self, predictor: NeuronPredictor | None) -> None:
+        self._predictor = predictor
+        self._steps: list[MLPStep | None] = []
+        for layer, biases in enumerate(self._wide_biases):
+            scorer = None if predictor is None else predictor.scorer(layer)
+            self._steps.append(None if scorer is None else MLPStep(scorer, *biases))
 
     def close(self) -> None:
         """Let go of all that shows the source's memory. May be called twice."""
-        self.predictor = None
         self._biases, self._wide_biases, self._norms = [], [], []
+        self.predictor = None
 
     def use_lookahead_from(self, distance: int) -> None:
         """Let trained predictors, where the store has them, foresee a layer from so many layers earlier: 0, 1 or 2."""
@@ -156,8 +170,12 @@ class TransferCoordinator:
         if x.requires_grad and torch.is_grad_enabled():
             raise BadRequest("gradients: sparse layers have none; use torch.no_grad(), or the dense checkpoint")
         x = x.contiguous()
-        ids = self._choose(layer, x)
-        y, n_active = self._computed(layer, ids, x, hidden)
+        ids: NDArray[np.uint32] | None
+        if (stepped := self._stepped(layer, x)) is not None:
+            y, ids, n_active, _ = stepped
+        else:
+            ids = self._choose(layer, x)
+            y, n_active = self._computed(layer, ids, x, hidden)
         fetches = self._fetches_since_last_step()
         if fetches is not None and len(x) <= _TOKENS_AT_ONCE:
             read, useful, wasted = fetches.misses + fetches.hinted, fetches.hints_useful, fetches.hints_wasted
@@ -175,6 +193,16 @@ class TransferCoordinator:
                 if self.live_recall.step(self.predictor, step, counts.sampled):
                     self._fetches_since_last_step()  # what was read for that is no step's
         return y
+
+    def _stepped(self, layer: int, x: Tensor) -> Stepped | None:
+        """One token by codes with all bundles in memory, in one call; None where it is not so."""
+        step = self._steps[layer] if len(x) == 1 and self.crossover.density(1) >= 1 else None
+        bundles = None if step is None else self.source.resident(layer)
+        if step is None or bundles is None:
+            return None
+        stepped = step(x, bundles)
+        self._choice_nbytes = step.scorer.nbytes_read(1, stepped.n_fine_rows)
+        return stepped
 
     def _computed(self, layer: int, ids: NDArray[np.uint32] | None, x: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
         """Once more where a server with a smaller arena has taken the place of the one that the step began with."""

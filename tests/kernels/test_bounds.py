@@ -218,9 +218,9 @@ def test_fine_plane_is_read_only_of_neurons_that_the_coarse_one_leaves_open(
     rows = coded(rng, float_weights(rng, 500, 1000), rng.uniform(-400, 0, 500))
     x = tokens(rng.standard_normal((3, 1000)))
     is_open = ~(upper_bounds(rows, x, margin, FAILURE_PROBABILITY, planes=1) <= 0)
-    assert Scorer(rows, margin, FAILURE_PROBABILITY)(x).n_fine_rows == int(is_open.any(0).sum())
-    assert Scorer(rows, margin, FAILURE_PROBABILITY)(x, needs_all=True).n_fine_rows == int(is_open.sum())
-    assert Scorer(rows, margin, FAILURE_PROBABILITY, planes=1)(x).n_fine_rows == 0
+    assert Scorer(rows, margin, FAILURE_PROBABILITY).select(x)[1] == int(is_open.any(0).sum())
+    assert Scorer(rows, margin, FAILURE_PROBABILITY).bounds(x)[1] == int(is_open.sum())
+    assert Scorer(rows, margin, FAILURE_PROBABILITY, planes=1).select(x)[1] == 0
     settled = ~is_open.any(0)
     assert 0 < int(settled.sum()) < 500
     damaged = rows.fine.clone()

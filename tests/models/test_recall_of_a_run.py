@@ -32,6 +32,9 @@ class Forgetful:
         self._careful, self._knows_how_near = careful, knows_how_near
         self._rng = np.random.default_rng(0)
 
+    def scorer(self, layer: int) -> None:
+        """It asks another predictor, and leaves some out."""
+
     def select(self, layer: int, x: torch.Tensor) -> NDArray[np.uint32]:
         ids: NDArray[np.uint32] = self._careful.select(layer, x)
         return ids[ids % 8 != layer % 8]

@@ -41,6 +41,9 @@ class MadeUpPredictor:
     fidelity: str = "made up"
     nbytes_read: int = 0
 
+    def scorer(self, layer: int) -> None:
+        """It asks no codes."""
+
     def select(self, layer: int, x: torch.Tensor) -> NDArray[np.uint32]:
         return (~(self.nearness <= 0)).any(0).nonzero()[0].astype(np.uint32)
 
