@@ -58,11 +58,11 @@ opt-1.3b-prompt() {  # time to the first token of a long prompt
 }
 
 opt-1.3b-limited() {  # in 65 % of its size, and what Python and torch take
-  model opt-1.3b
+  calibrated opt-1.3b
   peer airllm airllm==4.0.0 'transformers>=5,<6' accelerate sentencepiece
-  bench opt-1.3b-limited "$folder/opt-1.3b" --store "$folder/store-opt-1.3b" --limit 2.15GiB \
-    --tokens 16 --rounds 2 --cases device_map disk_offload partial_offload airllm:gc=stubbed \
-    sparseflow:fidelity=dense sparseflow \
+  bench opt-1.3b-limited "$folder/opt-1.3b" --store "$folder/calibrated-opt-1.3b" --limit 2.15GiB \
+    --tokens 32 --rounds 2 --cases device_map disk_offload partial_offload airllm:gc=stubbed \
+    sparseflow:fidelity=dense sparseflow sparseflow:fidelity=calibrated \
     --python "airllm=$folder/airllm/bin/python" --converted "airllm=$folder/airllm-opt-1.3b"
 }
 

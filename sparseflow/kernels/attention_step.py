@@ -184,10 +184,10 @@ class AttentionStep:
             self._use_threads(n_threads)
         stream, x = torch.empty(1, hidden, dtype=self._dtype), torch.empty(1, hidden)
         scratch = np.empty(hidden * 6 + self._n_heads * length, np.float32)
-        projected = scratch.ctypes.data
+        projected = threads.address_of(scratch)
         query, attended, added, scores = (projected + 4 * hidden * n for n in (3, 4, 5, 6))
         block = self._block.copy()
-        block[_SELF], block[_RESIDUAL] = block.ctypes.data, residual.data_ptr()
+        block[_SELF], block[_RESIDUAL] = threads.address_of(block), residual.data_ptr()
         block[_STREAM : _ADDED + 1] = stream.data_ptr(), x.data_ptr(), projected, query, added
         block[_QKV_BLOCK + linear.X : _QKV_BLOCK + linear.Y + 1] = x.data_ptr(), projected
         block[_OUT_BLOCK + linear.X : _OUT_BLOCK + linear.Y + 1] = attended, added

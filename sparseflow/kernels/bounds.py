@@ -153,7 +153,7 @@ class Scorer:
         scratch = np.empty(layout.nbytes, np.uint8)
         block = layout.block.copy()
         block[scoring.HIDDEN], block[scoring.NEEDS_ALL], block[scoring.X] = hidden, needs_all, x.data_ptr()
-        block[scoring.SCRATCH] = scratch.ctypes.data
+        block[scoring.SCRATCH] = threads.address_of(scratch)
         threads.run_serial(scoring.team_kernel(), block)
         return scratch, block
 

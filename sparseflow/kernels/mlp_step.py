@@ -98,7 +98,7 @@ class MLPStep:
         kernel = sparse_mlp.kernel(bundles.dtype)
         scratch, y = np.empty(self._nbytes, np.uint8), torch.empty(1, self._hidden)
         block = self._block.copy()
-        block[scoring.X], block[scoring.SCRATCH] = x.data_ptr(), scratch.ctypes.data
+        block[scoring.X], block[scoring.SCRATCH] = x.data_ptr(), threads.address_of(scratch)
         block[_MLP + sparse_mlp.BUNDLES], block[_MLP + sparse_mlp.STRIDE] = bundles.data_ptr(), bundles.stride(0)
         block[_MLP + sparse_mlp.KERNEL], block[_MLP + sparse_mlp.Y] = kernel.address, y.data_ptr()
         threads.run_serial(_kernel(), block)

@@ -228,7 +228,7 @@ def sparse_mlp(
             *(n_threads, len(ids), n_tokens, hidden, bundles.stride(0), 0),
             *(bundles.data_ptr(), slots.ctypes.data, ids.ctypes.data, fc1_bias.data_ptr(), fc2_bias.data_ptr()),
             *(x.data_ptr(), y.data_ptr(), kernel(bundles.dtype).address),
-            *scratch_fields(n_threads, n_tokens, hidden, scratch.ctypes.data),
+            *scratch_fields(n_threads, n_tokens, hidden, threads.address_of(scratch)),
         ),
         np.int64,
     )

@@ -83,12 +83,17 @@ def compile_kernel(function: Any) -> Any:
         ) from error
 
 
+def address_of(array: np.ndarray) -> int:
+    """Of an array's memory: what `array.ctypes.data` is, in a third of the time. The array: writable, not empty."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+
+
 def run_serial(kernel: Any, args: np.ndarray) -> None:
     """Call a compiled kernel once, on this thread. It may call others by `run_team`.
 
     args: as for `run`.
     """
-    _function(kernel.address)(args.ctypes.data)
+    _function(kernel.address)(address_of(args))
 
 
 @cache
@@ -105,7 +110,7 @@ def run(kernel: Any, args: np.ndarray, n_threads: int) -> None:
         args: (n,) int64, the kernel's argument block: sizes and addresses; whatever they point to must stay alive.
         n_threads: threads asked for; the runtime may give fewer.
     """
-    openmp().GOMP_parallel(kernel.address, args.ctypes.data, n_threads, 0)
+    openmp().GOMP_parallel(kernel.address, address_of(args), n_threads, 0)
 
 
 openmp()

@@ -57,7 +57,7 @@ def reserve(cache: Cache, layer: int, shape: Sequence[int], dtype: torch.dtype) 
     if room is None or growing.keys is not room.keys or growing.values is not room.values or after > room.length:
         room = _Room(growing.keys, growing.values, before, after, shape, dtype)
         setattr(growing, _ROOM, room)
-    room.keys, room.values = room.key_buffer[:, :, :after], room.value_buffer[:, :, :after]
+    room.keys, room.values = room.key_buffer.narrow(2, 0, after), room.value_buffer.narrow(2, 0, after)
     growing.keys, growing.values = room.keys, room.values
     return room.keys, room.values
 

@@ -107,6 +107,7 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         self.fc1: _Bias = _Bias(config.ffn_dim, config.enable_bias)
         self.fc2: _Bias = _Bias(config.hidden_size, config.enable_bias)
         self._can_step = config.do_layer_norm_before and is_affine
+        self._step_shape = (1, self.self_attn.num_heads, 1, self.self_attn.head_dim)  # of a token's keys
         self._step: AttentionStep | None = None
 
     @property
@@ -158,11 +159,11 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
 
     def _attention_step(self, hidden_states: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor] | None:
         """The same for one token in one call; None where it is not made for this layer or cache, or hooks look on."""
-        parts = (self.self_attn, self.self_attn_layer_norm, self.final_layer_norm)
-        if past_key_values is None or not self._can_step or any(part._forward_hooks for part in parts):
+        if past_key_values is None or not self._can_step:
             return None
-        shape = (1, self.self_attn.num_heads, 1, self.self_attn.head_dim)
-        reserved = reserve(past_key_values, self.layer_idx, shape, hidden_states.dtype)
+        if any(module._forward_hooks for module in self._modules.values() if module is not None):
+            return None
+        reserved = reserve(past_key_values, self.layer_idx, self._step_shape, hidden_states.dtype)
         if reserved is None:
             return None
         if self._step is None:

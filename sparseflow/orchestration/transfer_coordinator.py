@@ -112,8 +112,8 @@ class TransferCoordinator:
         fc2 = [torch.zeros(profile.hidden_dimension) if bias.fc2 is None else bias.fc2.float() for bias in biases]
         self._no_bias = torch.zeros(profile.hidden_dimension)
         self._wide_biases = list(zip(fc1_biases(source), fc2, strict=True))
-        self.predictor = predictor
         self.crossover = crossover or self._measured_crossover()
+        self.predictor = predictor
 
     @property
     def predictor(self) -> NeuronPredictor | None:
@@ -124,8 +124,9 @@ class TransferCoordinator:
     def predictor(self, predictor: NeuronPredictor | None) -> None:
         self._predictor = predictor
         self._steps: list[MLPStep | None] = []
+        goes_dense = self.crossover.density(1) < 1
         for layer, biases in enumerate(self._wide_biases):
-            scorer = None if predictor is None else predictor.scorer(layer)
+            scorer = None if predictor is None or goes_dense else predictor.scorer(layer)
             self._steps.append(None if scorer is None else MLPStep(scorer, *biases))
 
     def close(self) -> None:
@@ -196,7 +197,7 @@ class TransferCoordinator:
 
     def _stepped(self, layer: int, x: Tensor) -> Stepped | None:
         """One token by codes with all bundles in memory, in one call; None where it is not so."""
-        step = self._steps[layer] if len(x) == 1 and self.crossover.density(1) >= 1 else None
+        step = self._steps[layer] if len(x) == 1 else None
         bundles = None if step is None else self.source.resident(layer)
         if step is None or bundles is None:
             return None
