@@ -65,6 +65,8 @@ class CalibrationSettings:
     keeps_all: bool = False
     """Store also predictors that are the cheapest at no recall, to compare them."""
     seed: int = 0
+    codes_only: bool = False
+    """Only cuts on the codes that every store has: for models of billions, whose low ranks take hours."""
 
     def __post_init__(self) -> None:
         if not RECALLS[0] <= self.recall <= RECALLS[-1]:
@@ -176,6 +178,7 @@ class _Run:
             *(self._profile, activity, self._n_training, self._settings.recall),
             epochs=self._settings.epochs,
             keeps_all=self._settings.keeps_all,
+            codes_only=self._settings.codes_only,
             quiet=self._quiet,
         )
         earlier = range(layer, max(-1, layer - _LOOKAHEAD_LAYERS), -1)

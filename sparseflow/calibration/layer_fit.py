@@ -36,7 +36,7 @@ Seen = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerFit:
-    """records: kind -> what it costs. lookahead: by how many layers earlier. tensors: name -> what is stored."""
+    """records: kind -> what it costs. lookahead: by how many layers earlier; may be empty. tensors: by name, stored."""
 
     records: dict[str, PredictorRecord]
     lookahead: list[LookaheadRecord]
@@ -55,6 +55,7 @@ class LayerFitter:
         *,
         epochs: int,
         keeps_all: bool,
+        codes_only: bool,
         quiet: bool,
     ) -> None:
         """
@@ -63,9 +64,11 @@ class LayerFitter:
             recall: ranks are the cheapest at this one.
             epochs: of training; 0: no trained predictors.
             keeps_all: store also what is the cheapest at no recall, to compare it.
+            codes_only: fit nothing of low rank.
         """
         self._profile, self._activity, self._recall = profile, activity, recall
         self._n_training, self._epochs, self._keeps_all, self._quiet = n_training, epochs, keeps_all, quiet
+        self._codes_only = codes_only
         n_tokens, ffn_dim = len(activity.x), len(activity.bias)
         n_validation = max(1, min(n_tokens - n_training, _VALIDATION_TOKENS, _VALIDATION_ELEMENTS // ffn_dim))
         self._validation = torch.linspace(n_training, n_tokens - 1, n_validation).long()
@@ -79,6 +82,8 @@ class LayerFitter:
             streams: what enters this layer, the one before, and the one before that, as lookahead predictors see it.
         """
         records = self._code_records(codes, failure_probability)
+        if self._codes_only:
+            return LayerFit(records, [], {})
         tensors: dict[str, Tensor] = {}
         own = self._reduced_rank(self._seen)
         rank, records["svd"] = self._cheapest_rank(own)

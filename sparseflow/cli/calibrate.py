@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-all", action="store_true", help="store also predictors that are the cheapest at no recall"
     )
+    parser.add_argument(
+        "--codes-only", action="store_true", help="nothing of low rank: for models of billions, where that takes hours"
+    )
     parser.add_argument("--memory", default="auto", help="as of generate")
     parser.add_argument("--dtype", help="as of generate")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -38,7 +41,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     from sparseflow.store.manifest import Manifest
 
     settings = CalibrationSettings(
-        arguments.recall, arguments.tokens, arguments.window, arguments.epochs, arguments.keep_all
+        *(arguments.recall, arguments.tokens, arguments.window, arguments.epochs, arguments.keep_all),
+        codes_only=arguments.codes_only,
     )
     quiet = arguments.quiet or not sys.stderr.isatty()
     store = find_or_convert(arguments.store, dtype=arguments.dtype, quiet=quiet)

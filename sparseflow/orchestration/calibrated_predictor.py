@@ -110,7 +110,7 @@ def lookahead_predictors(source: WeightSource, distance: int) -> dict[int, LowRa
     found = {}
     for layer, record in enumerate(calibration.layers):
         nearest = min(distance, len(record.lookahead) - 1)
-        if record.lookahead[nearest].is_kept:
+        if nearest >= 0 and record.lookahead[nearest].is_kept:
             found[layer] = _low_rank(tensors, f"{layer}.lookahead{nearest}", 0.0)
     return found
 

@@ -152,6 +152,22 @@ def test_what_is_cheapest_nowhere_is_not_stored_and_asking_for_it_says_so(uncali
     assert max(precisions[False]) < 0.6
 
 
+def test_codes_alone_are_cut_for_the_recall_and_nothing_is_stored_for_them(
+    uncalibrated: Path, demo_model: Path
+) -> None:
+    settings = module.replace(QUICK, codes_only=True)
+    calibration = calibrate(uncalibrated, [demo_model / "calibration.txt"], settings)
+    for layer, record in enumerate(calibration.layers):
+        assert set(record.predictors) == {"coarse", "codes"}
+        assert not record.lookahead
+        assert not tensors_in(uncalibrated / calibrated_name(layer))
+    model = SparseOPTForCausalLM.from_pretrained(uncalibrated, fidelity="dense")
+    result = evaluate(model, [demo_model / "heldout.txt"], ["calibrated:0.95"], n_tokens=512)
+    assert 0.92 < result["fidelities"][0]["recall"] < 0.975
+    assert not lookahead_predictors(model.source, 1)
+    model.close()
+
+
 def test_a_killed_calibration_leaves_the_store_as_it_was_and_goes_on(
     uncalibrated: Path, demo_model: Path, tmp_path: Path
 ) -> None:
