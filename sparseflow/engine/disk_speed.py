@@ -11,8 +11,8 @@ from sparseflow.engine.read_queue import IOVEC, READ, READ_VECTOR, ReadQueue
 from sparseflow.errors import DiskError
 
 MOST_READS = 256  # under way at once; no disk seen here answers faster to more
-_FIRST_DEPTH = 16
-_GAIN = 1.1  # a deeper queue must be faster by this much
+_DEPTHS = (16, 32, 64, 128, MOST_READS)
+_AS_FAST = 1.1  # of equally fast depths the deepest is best: what a layer needs is begun, and waited for, at once
 _ENOUGH_S = 0.05  # of measuring one depth
 _TIMEOUT_S = 30.0
 
@@ -39,20 +39,16 @@ class DiskSpeed(NamedTuple):
 
 
 def measure(queue: ReadQueue, fds: list[int], start: int, region_nbytes: int, read_nbytes: int) -> DiskSpeed:
-    """Read at random, deeper and deeper, until that is no faster; then with longer reads.
+    """Read at random with queues of several depths; then with longer reads.
 
     Args:
         start, region_nbytes: where in each file, from an aligned place on.
         read_nbytes: of a read; a multiple of the alignment.
     """
     probe = _Probe(queue, fds, start, region_nbytes)
-    depth = tried = _FIRST_DEPTH
-    best_s = probe.seconds_a_read(read_nbytes, depth)
-    while tried < MOST_READS and tried <= 2 * depth:  # one depth that brings nothing may have been disturbed
-        tried *= 2
-        seconds = probe.seconds_a_read(read_nbytes, tried)
-        if seconds * _GAIN < best_s:
-            depth, best_s = tried, seconds
+    found_s = {depth: probe.seconds_a_read(read_nbytes, depth) for depth in _DEPTHS}
+    depth = max(depth for depth in _DEPTHS if found_s[depth] <= _AS_FAST * min(found_s.values()))
+    best_s = found_s[depth]
     long_nbytes = min(8 * read_nbytes, region_nbytes)
     if long_nbytes <= read_nbytes:
         return DiskSpeed(depth, best_s / 2, best_s / 2 / read_nbytes)

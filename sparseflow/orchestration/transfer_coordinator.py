@@ -124,9 +124,8 @@ class TransferCoordinator:
     def predictor(self, predictor: NeuronPredictor | None) -> None:
         self._predictor = predictor
         self._steps: list[MLPStep | None] = []
-        goes_dense = self.crossover.density(1) < 1
         for layer, biases in enumerate(self._wide_biases):
-            scorer = None if predictor is None or goes_dense else predictor.scorer(layer)
+            scorer = None if predictor is None else predictor.scorer(layer)
             self._steps.append(None if scorer is None else MLPStep(scorer, *biases))
 
     def close(self) -> None:
@@ -198,8 +197,10 @@ class TransferCoordinator:
     def _stepped(self, layer: int, x: Tensor) -> Stepped | None:
         """One token by codes with all bundles in memory, in one call; None where it is not so."""
         step = self._steps[layer] if len(x) == 1 else None
-        bundles = None if step is None else self.source.resident(layer)
-        if step is None or bundles is None:
+        if step is None or self.crossover.density(1) < 1:
+            return None
+        bundles = self.source.resident(layer)
+        if bundles is None:
             return None
         stepped = step(x, bundles)
         self._choice_nbytes = step.scorer.nbytes_read(1, stepped.n_fine_rows)
