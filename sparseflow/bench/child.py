@@ -444,6 +444,8 @@ def run_case(settings: Settings) -> dict[str, Any]:
         report |= decode_given(loaded, settings)
         if settings["peer"] == "sparseflow":
             report |= sparse_report(loaded.model)
+        if settings["peer"] == "onnxruntime":
+            width = 4  # as it was exported
     report.setdefault("bytes_touched_per_token", dense_nbytes_per_token(config, width))
     return report | {"versions": versions(settings["peer"])}
 
