@@ -1,7 +1,7 @@
 """The MLP of one token whose bundles all lie in memory, in one call: bounds of all neurons, then those chosen.
 
-The same as `bounds.Scorer.select` and `sparse_mlp` one after the other, which are the slow twin; what Python takes between
-them is a seventh of what both take.
+The same as `bounds.Scorer.select` and `sparse_mlp` one after the other, which are the slow twin; what Python takes
+between them is a seventh of what both take.
 """
 
 import zlib
