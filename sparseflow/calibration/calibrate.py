@@ -66,7 +66,7 @@ class CalibrationSettings:
     """Store also predictors that are the cheapest at no recall, to compare them."""
     seed: int = 0
     codes_only: bool = False
-    """Only cuts on the codes that every store has: for models of billions, whose low ranks take hours."""
+    """Only cuts on the codes that every store has: what low ranks take grows with the cube of the width."""
 
     def __post_init__(self) -> None:
         if not RECALLS[0] <= self.recall <= RECALLS[-1]:

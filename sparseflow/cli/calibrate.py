@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-all", action="store_true", help="store also predictors that are the cheapest at no recall"
     )
     parser.add_argument(
-        "--codes-only", action="store_true", help="nothing of low rank: for models of billions, where that takes hours"
+        "--codes-only", action="store_true", help="nothing of low rank: for models of billions, where that takes long"
     )
     parser.add_argument("--memory", default="auto", help="as of generate")
     parser.add_argument("--dtype", help="as of generate")

@@ -141,11 +141,11 @@ class WeightClient:
 
     def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> Fetch:
         """As `WeightSource.fetch`."""
-        bundles = self.resident(layer)
+        bundles = self.resident_bundles(layer)
         return ServedFetch(self, layer, ids, keep) if bundles is None else MappedFetch(HostBundles(bundles, ids))
 
-    def resident(self, layer: int) -> "Tensor | None":
-        """As `WeightSource.resident`. With the first layer another server is looked for, where this one has ended."""
+    def resident_bundles(self, layer: int) -> "Tensor | None":
+        """As `WeightSource.resident_bundles`. At the first layer another server is looked for, where this one ended."""
         self._require_own()
         if layer == 0 and self.attachment.welcome.is_resident and self.attachment.has_ended():
             self._look_for_successor()

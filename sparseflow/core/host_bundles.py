@@ -48,8 +48,8 @@ class BundleHolder(Protocol):
         """As `WeightSource.fetch`."""
         ...
 
-    def resident(self, layer: int) -> "Tensor | None":
-        """As `WeightSource.resident`."""
+    def resident_bundles(self, layer: int) -> "Tensor | None":
+        """As `WeightSource.resident_bundles`."""
         ...
 
     def counts(self) -> FetchCounts | None:
@@ -86,8 +86,8 @@ class MappedBundles:
         """As `WeightSource.fetch`."""
         return MappedFetch(HostBundles(self._bundles[layer], ids))
 
-    def resident(self, layer: int) -> "Tensor | None":
-        """As `WeightSource.resident`."""
+    def resident_bundles(self, layer: int) -> "Tensor | None":
+        """As `WeightSource.resident_bundles`."""
         return self._bundles[layer]
 
     def counts(self) -> None:
@@ -161,7 +161,7 @@ class ArenaBundles:
         """As `WeightSource.fetch`."""
         return ArenaFetch(self._engine, self._base, self._engine.fetch(layer, ids, keep))
 
-    def resident(self, layer: int) -> "Tensor | None":
+    def resident_bundles(self, layer: int) -> "Tensor | None":
         """None: a bundle is here between two evictions."""
         return None
 

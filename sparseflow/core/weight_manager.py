@@ -172,9 +172,9 @@ class DiskWeightStore:
         """As `WeightSource.fetch`."""
         return self._bundles.fetch(layer, ids, keep)
 
-    def resident(self, layer: int) -> "Tensor | None":
-        """As `WeightSource.resident`."""
-        return self._bundles.resident(layer)
+    def resident_bundles(self, layer: int) -> "Tensor | None":
+        """As `WeightSource.resident_bundles`."""
+        return self._bundles.resident_bundles(layer)
 
     def counts(self) -> FetchCounts | None:
         """As `WeightSource.counts`."""

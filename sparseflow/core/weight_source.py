@@ -134,7 +134,7 @@ class WeightSource(Protocol):
         """
         ...
 
-    def resident(self, layer: int) -> "Tensor | None":
+    def resident_bundles(self, layer: int) -> "Tensor | None":
         """All bundles of a layer, (ffn_dim, 2, hidden) in the order of ids; None where they come and go.
 
         To be read at once, and asked for again for the next step: a server that ends takes them along.

@@ -32,7 +32,7 @@ class RecordingSource:
             self._noted.setdefault(layer, []).append(ids)
         return self._source.fetch(layer, ids, keep)
 
-    def resident(self, layer: int) -> None:
+    def resident_bundles(self, layer: int) -> None:
         """Nothing is, so that all is fetched."""
 
     def take(self) -> list[Step]:

@@ -199,7 +199,7 @@ class TransferCoordinator:
         step = self._steps[layer] if len(x) == 1 else None
         if step is None or self.crossover.density(1) < 1:
             return None
-        bundles = self.source.resident(layer)
+        bundles = self.source.resident_bundles(layer)
         if bundles is None:
             return None
         stepped = step(x, bundles)
