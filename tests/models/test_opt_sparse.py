@@ -11,6 +11,7 @@ import opt_family
 import pytest
 import torch
 from pairs import make_pair
+from transformers import DynamicCache
 
 from sparseflow import DiskWeightStore, SparseFlowConfig, SparseOPTForCausalLM
 from sparseflow.core.weight_source import HostBundles
@@ -361,3 +362,24 @@ def test_a_dense_step_follows_the_slots_wherever_bundles_lie(family_checkpoint: 
     with torch.inference_mode():
         dense, moved = (model(ids).logits for model in pair)
     torch.testing.assert_close(dense, moved, rtol=1e-4, atol=1e-4)
+
+
+def test_one_token_in_one_call_is_what_its_parts_give(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SparseOPTForCausalLM.from_pretrained(demo_model)
+    ids = torch.randint(4, model.config.vocab_size, (1, 12))
+
+    def decoded() -> tuple[list[torch.Tensor], object]:
+        model.reset_stats()
+        model.coordinator.live_recall.is_on = False
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            logits = [model(token, past_key_values=cache, use_cache=True).logits for token in ids.split(1, 1)]
+        return logits, (model.stats.prefill, model.stats.decode)
+
+    at_once, counts = decoded()
+    monkeypatch.setattr(model.source, "resident_bundles", lambda layer: None)
+    in_parts, counts_in_parts = decoded()
+    assert all(torch.equal(*pair) for pair in zip(at_once, in_parts, strict=True))
+    assert counts == counts_in_parts
+    assert model.stats.decode.layer_steps == 11 * 8
+    model.close()
