@@ -12,6 +12,16 @@ token before.
 Every matrix is drawn from its name and the seed when it is asked for, so that no more than a layer of the model is ever
 in memory, nothing but the result on disk, and a store goes on after a kill. The same arguments give the same bytes on
 the same machine with as many threads; elsewhere the biases may differ in their last bits.
+
+    python scripts/make_synthetic_opt.py --preset opt-6.7b --out /dev/shm/opt-6.7b --store --device cuda --calibrate
+
+draws, calibrates and codes on a GPU and writes several files at once: seconds instead of many minutes. Matrices then
+come from the GPU's own random numbers, which are others than the CPU's, and may be others on another kind of GPU: the
+model is another one with the same statistics. In memory are a few layers.
+
+--calibrate gives the store a profile.json, for `calibrated` fidelity: cuts on its codes, as `sparseflow calibrate
+--codes-only` fits them, from tokens that no bias was set by, and statistics of all tokens that passed. These texts are
+short; calibrate on a text for texts of hundreds of tokens. A kill after the store is whole leaves it without.
 """
 
 import argparse
@@ -23,13 +33,17 @@ import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -39,9 +53,19 @@ from tqdm import tqdm
 from transformers import GenerationConfig, OPTConfig, OPTModel, PreTrainedTokenizerFast
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
+from sparseflow.calibration.calibrate import DEFAULT_RECALL, install
+from sparseflow.calibration.cuts import RECALLS, Cuts, fit_cuts
+from sparseflow.core import torch_codes
 from sparseflow.core.checkpoint import Checkpoint
+from sparseflow.core.config import profile_of
 from sparseflow.core.converter import convert
+from sparseflow.core.exclusive import exclusive
+from sparseflow.engine import budgets
 from sparseflow.errors import BadRequest, DiskError, NotEnoughDisk, SparseFlowError
+from sparseflow.kernels.bounds import CodedRows, decoded
+from sparseflow.orchestration.neuron_predictor import failure_probability
+from sparseflow.store import calibration as stored
+from sparseflow.store.codes import DITHER_UNIT, FINE_STEPS, GROUP, group_count, layer_dither
 from sparseflow.store.profile import DTYPE_NBYTES
 from sparseflow.store.shard_format import DTYPE_CODES, TensorFileWriter, TensorSpec, file_nbytes
 from sparseflow.utils.sizes import format_size
@@ -63,7 +87,10 @@ MLP_VARIANCE = 2.0  # of all MLP outputs together
 LOGIT_STD = 3.0
 
 SHARD_NBYTES = 5 * 10**9
-DRAWN_AT_ONCE = 1 << 20  # elements: float32 exists for this many only
+DRAWN_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements: float32 exists for this many only
+MOST_WRITERS = 8  # files that a GPU fills at once; each has its bytes of a tensor or two in host memory
+CURVE_TOKENS = 4096  # whose uses of neurons make a miss curve, as many as `sparseflow calibrate` takes
+NEURONS_AT_ONCE = 2048  # whose codes exist in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +125,17 @@ class Recipe:
     n_calibration_texts: int = 128  # many: what attention adds is common to a text
     n_heldout_texts: int = 32
     n_text_tokens: int = 32
+    device: str = "cpu"  # whose random numbers the matrices are: `cpu` or `cuda`
 
     @property
     def n_calibration_tokens(self) -> int:
         """Tokens whose pre-activations set the biases; they come before the held-out ones."""
         return self.n_calibration_texts * self.n_text_tokens
 
-    def generator(self, purpose: str) -> torch.Generator:
-        """Random numbers that depend on nothing but the seed and what they are for."""
+    def generator(self, purpose: str, device: str = "cpu") -> torch.Generator:
+        """Random numbers that depend on nothing but the seed, what they are for, and the device."""
         digest = hashlib.blake2b(f"{self.seed}/{purpose}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
     def token_ids(self) -> Tensor:
         """(texts, tokens) int64: the calibration texts, then the held-out ones."""
@@ -126,10 +154,14 @@ class LayerActivity:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The biases by name, in the model's dtype, and each layer's activity with them."""
+    """The biases by name, in the model's dtype, and each layer's activity with them.
+
+    records: of each layer, for profile.json; empty unless asked for.
+    """
 
     biases: Mapping[str, Tensor]
     layers: list[LayerActivity]
+    records: list[stored.LayerRecord]
 
 
 def target_share(shape: Shape, layer: int) -> float:
@@ -175,20 +207,20 @@ def matrix_std(shape: Shape, name: str) -> float:
 
 
 def draw(recipe: Recipe, name: str, size: torch.Size) -> Tensor:
-    """A tensor as it is before calibration: norms do nothing, biases are zero, matrices random."""
+    """A tensor as it is before calibration: norms do nothing, biases are zero, matrices random, on the device."""
     dtype = getattr(torch, recipe.dtype)
     if name.endswith(".bias"):
         return torch.zeros(size, dtype=dtype)
-    generator = recipe.generator(name)
     if name == "decoder.final_layer_norm.weight":
         # Without the signs the head, being tied, would find the current token likeliest at every step.
-        signs = torch.randint(0, 2, size, generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, size, generator=recipe.generator(name)) * 2 - 1
         return (signs * (LOGIT_STD / math.sqrt(recipe.shape.hidden))).to(dtype)
     if "layer_norm" in name:
         return torch.ones(size, dtype=dtype)
-    matrix, std = torch.empty(size, dtype=dtype), matrix_std(recipe.shape, name)
-    for rows in matrix.split(max(1, DRAWN_AT_ONCE // size[1])):
-        rows.copy_(torch.randn(rows.shape, generator=generator).mul_(std))
+    matrix, std = torch.empty(size, dtype=dtype, device=recipe.device), matrix_std(recipe.shape, name)
+    generator = recipe.generator(name, recipe.device)
+    for rows in matrix.split(max(1, DRAWN_AT_ONCE[recipe.device] // size[1])):
+        rows.copy_(torch.randn(rows.shape, generator=generator, device=recipe.device).mul_(std))
     return matrix
 
 
@@ -213,17 +245,19 @@ class CalibratedLayer:
     It computes in float32 on the values as stored. One object serves all layers in turn.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, records: bool = False) -> None:
+        """records: keep what profile.json has of each layer."""
         self.recipe = recipe
         config = opt_config(recipe.shape, recipe.dtype)
         config._attn_implementation = "sdpa"  # causal without a mask
         with torch.device("meta"):
             layer = OPTDecoderLayer(config, layer_idx=0)
-        self.layer = layer.to_empty(device="cpu").float().eval()
+        self.layer = layer.to_empty(device=recipe.device).float().eval()
         self.layer.fc1.register_forward_hook(self._make_sparse)
         self.layer.fc2.register_forward_hook(self._centre)
         self.index = 0
         self.activity: LayerActivity | None = None
+        self.records: list[stored.LayerRecord] | None = [] if records else None
 
     def forward(self, index: int, hidden: Tensor) -> Tensor:
         """Become layer `index`, find its biases, and apply it. hidden and result: (texts, tokens, hidden) float32."""
@@ -236,20 +270,33 @@ class CalibratedLayer:
         """The two found last, by their names in the model, in its dtype."""
         dtype = getattr(torch, self.recipe.dtype)
         parts = {"fc1": self.layer.fc1.bias, "fc2": self.layer.fc2.bias}
-        return {f"decoder.layers.{self.index}.{part}.bias": bias.to(dtype) for part, bias in parts.items()}
+        return {f"decoder.layers.{self.index}.{part}.bias": bias.to("cpu", dtype) for part, bias in parts.items()}
 
-    def _make_sparse(self, fc1: torch.nn.Linear, _inputs: Any, output: Tensor) -> Tensor:
+    def _make_sparse(self, fc1: torch.nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """Shift each neuron's pre-activations so that it fires as often as it shall; output: (texts * tokens, ffn).
 
         The quantile is that of a normal distribution with the mean and deviation measured: a random row's products
         with many inputs have it. Held-out tokens agree within 2 %; by the sample's own quantile, neurons that are
         to fire for less than 0.5 % of them do so 5 to 10 % too often.
         """
-        firing = frequencies(self.recipe, self.index)
+        quantile = torch.special.ndtri(frequencies(self.recipe, self.index)).to(output.device)
         variance, mean = torch.var_mean(output[: self.recipe.n_calibration_tokens], dim=0)
-        shifted = self._add_bias(fc1, output, (variance.sqrt() * torch.special.ndtri(firing) - mean).float())
+        shifted = self._add_bias(fc1, output, (variance.sqrt() * quantile - mean).float())
         self._measure(shifted[self.recipe.n_calibration_tokens :] > 0)
+        if self.records is not None:
+            self.records.append(self._record(fc1, inputs[0], shifted > 0))
         return shifted
+
+    def _record(self, fc1: torch.nn.Linear, x: Tensor, active: Tensor) -> stored.LayerRecord:
+        """What profile.json has of this layer. x: (texts * tokens, hidden), what fc1 reads; active: (the same, ffn)."""
+        dither = torch.from_numpy(layer_dither(self.recipe.shape.hidden, self.index)).to(x.device)
+        codes = torch_codes.code_layer(fc1.weight, dither)
+        rows = CodedRows(dither, bias=fc1.bias, **codes._asdict())
+        profile = profile_of(opt_config(self.recipe.shape, self.recipe.dtype), self.recipe.dtype, "synthetic")
+        heldout = slice(self.recipe.n_calibration_tokens, None)
+        scores = PlaneScores.of(rows, x[heldout], failure_probability(profile))
+        statistics = layer_statistics(active, self.recipe.n_text_tokens)
+        return stored.LayerRecord(**statistics, predictors=code_records(rows, scores, active[heldout]), lookahead=[])
 
     def _centre(self, fc2: torch.nn.Linear, _inputs: Any, output: Tensor) -> Tensor:
         """Take away what the MLP adds to every token alike; it would grow to the most of all hidden states."""
@@ -267,20 +314,143 @@ class CalibratedLayer:
         self.activity = LayerActivity(target, float(active.sum() / active.numel()), float(n_again / n_followed))
 
 
+@dataclass(frozen=True, slots=True)
+class PlaneScores:
+    """What a layer's codes say of some tokens under `exact`, computed where the codes are.
+
+    Each (n_tokens, ffn) float32. A neuron's bound is its score and `cut` times its margin, 1.0 being that of `exact`:
+    `kernels.bounds` says how, and its kernel is the twin.
+    """
+
+    coarse: Tensor
+    coarse_margin: Tensor
+    fine: Tensor
+    fine_margin: Tensor
+
+    @classmethod
+    def of(cls, rows: CodedRows, x: Tensor, failure_probability: float) -> "PlaneScores":
+        """x: (n_tokens, hidden) float32."""
+        n_groups = group_count(x.shape[1])
+        grouped = torch.nn.functional.pad(x, (0, n_groups * GROUP - x.shape[1])).unflatten(1, (n_groups, GROUP))
+        step = grouped.abs().amax(2, keepdim=True) / 32767
+        quantised = (step * torch.round(grouped / step.clamp_min(1e-30))).double()
+        squares = grouped.double().square().sum(2)
+        residual = (grouped.double() - quantised).square().sum((1, 2)).sqrt()
+        float_unit = (n_groups + 24) * 2.0**-22
+        errors = (residual + float_unit * squares.sum(1).sqrt())[:, None]
+        factor = math.sqrt(math.log(2 / failure_probability) / 6) + DITHER_UNIT * math.sqrt(n_groups * GROUP)
+        parts = []
+        for start in range(0, len(rows.bias), NEURONS_AT_ONCE):
+            one = rows._replace(
+                **{name: t[start : start + NEURONS_AT_ONCE] for name, t in rows._asdict().items() if name != "dither"}
+            )
+            width = torch.sqrt(squares @ one.scales.double().square().T)  # (n_tokens, neurons)
+            common = errors * one.norms.double()
+            found = []
+            for coded, n_steps in zip(decoded(one), (FINE_STEPS, 1), strict=True):
+                found.append(quantised.flatten(1) @ coded.T + one.bias.double())
+                found.append(factor * n_steps * width + common)
+            parts.append([values.float() for values in found])
+        return cls(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
+
+
+def code_records(rows: CodedRows, scores: PlaneScores, active: Tensor) -> dict[str, stored.PredictorRecord]:
+    """As `LayerFitter` of `sparseflow calibrate` has them for `coarse` and `codes`.
+
+    active: (n_tokens, ffn) bool, the tokens of `scores`.
+    """
+    n_tokens, n_pairs, n_active = len(active), active.numel(), count(active)
+    spread = scores.coarse_margin.clamp_min(1e-30)
+    of_active = scores.coarse[active].cpu(), spread[active].cpu(), torch.ones(n_active, dtype=torch.bool)
+    needed = -scores.coarse / spread
+    coarse = fit_cuts(*of_active)
+    shares = [count(needed < cut) / n_pairs if n_active else 0.0 for cut in coarse.cuts]
+    missed_by_coarse = tuple(1 - 0.9 * (1 - recall) for recall in RECALLS)
+    cuts = fit_cuts(*of_active, missed_by_coarse).cuts
+    both, nbytes = Cuts(cuts, [], []), []
+    for cut in cuts:
+        is_open = ~(scores.coarse + cut * scores.coarse_margin <= 0)
+        is_chosen = is_open & ~(scores.fine + cut * scores.fine_margin <= 0)
+        nbytes.append(rows.nbytes_read(n_tokens, count(is_open)) / n_tokens)
+        both.candidate_shares.append(count(is_chosen) / n_pairs)
+        both.found.append(count(is_chosen & active) / n_active if n_active else 1.0)
+    coarse_nbytes = [float(rows.nbytes_read(1, 0))] * len(RECALLS)
+    return {
+        "coarse": stored.PredictorRecord(coarse_nbytes, None, *coarse._replace(candidate_shares=shares)),
+        "codes": stored.PredictorRecord(nbytes, None, *both),
+    }
+
+
+def count(where: Tensor) -> int:
+    """How many are true."""
+    return int(torch.count_nonzero(where))
+
+
+def layer_statistics(active: Tensor, n_text_tokens: int) -> dict[str, Any]:
+    """As `sparseflow calibrate` has them in a `LayerRecord`. active: (texts * tokens, ffn) bool."""
+    by_text = active.unflatten(0, (-1, n_text_tokens))
+    before, after = by_text[:, :-1], by_text[:, 1:]
+    n_before = count(before)
+    counts = active.sum(0)
+    return {
+        "active_share": int(counts.sum()) / active.numel(),
+        "overlap": count(before & after) / n_before if n_before else 0.0,
+        "active_counts": counts.tolist(),
+        "miss_curve": miss_curve(active[:CURVE_TOKENS]),
+    }
+
+
+def miss_curve(active: Tensor) -> list[float]:
+    """`engine.budgets.miss_curve`, on the device of `active`: (n_tokens, ffn) bool.
+
+    A neuron's place in the order of last use is that in a sort by the token of last use, then by number.
+    """
+    n_tokens, ffn = active.shape
+    n_warm_up = int(0.1 * n_tokens)
+    times = torch.arange(n_tokens, dtype=torch.int16, device=active.device)[:, None]
+    last_use = torch.where(active, times, -1).cummax(0).values.roll(1, 0)  # before each token
+    last_use[0] = -1
+    at_place = torch.zeros(ffn + 1, dtype=torch.int64, device=active.device)
+    neurons = torch.arange(ffn, device=active.device)
+    for uses, is_used in zip(last_use[n_warm_up:].split(512), active[n_warm_up:].split(512), strict=True):
+        order = uses.sort(dim=1, descending=True, stable=True).indices
+        place = torch.empty_like(order).scatter_(1, order, neurons.expand_as(order))
+        place[uses < 0] = ffn
+        at_place += torch.bincount(place[is_used], minlength=ffn + 1)
+    counts = at_place.cpu().numpy()
+    missed = counts.sum() - np.concatenate([[0], np.cumsum(counts[:-1])])
+    return (missed[budgets.sizes(ffn, budgets.N_POINTS)] / max(1, n_tokens - n_warm_up)).tolist()
+
+
+def own_stream(device: str) -> AbstractContextManager[Any]:
+    """Where a GPU is used, so that what is computed here does not wait for what other threads compute."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+
+
 @torch.inference_mode()
-def calibrate(recipe: Recipe, sizes: Mapping[str, torch.Size]) -> Calibration:
-    """Pass random texts through the layers, one after the other, and find the biases of each."""
+def calibrate(recipe: Recipe, sizes: Mapping[str, torch.Size], *, records: bool = False) -> Calibration:
+    """Pass random texts through the layers, one after the other, and find the biases of each.
+
+    records: also what profile.json has of each layer.
+    """
+    with own_stream(recipe.device):
+        return _calibrate(recipe, sizes, records=records)
+
+
+def _calibrate(recipe: Recipe, sizes: Mapping[str, torch.Size], *, records: bool) -> Calibration:
     names = ("decoder.embed_tokens.weight", "decoder.embed_positions.weight")
     rows = recipe.token_ids(), torch.arange(recipe.n_text_tokens) + 2  # OPT's positions begin at 2
     tokens, positions = (draw(recipe, name, sizes[name])[ids].float() for name, ids in zip(names, rows, strict=True))
     hidden = tokens + positions  # (texts, tokens, hidden)
-    layer, biases, activities = CalibratedLayer(recipe), {}, []
+    layer = CalibratedLayer(recipe, records=records)
+    biases: dict[str, Tensor] = {}
+    activities: list[LayerActivity] = []
     for index in tqdm(range(recipe.shape.layers), desc="calibrate", unit="layer"):
         hidden = layer.forward(index, hidden)
         assert layer.activity is not None
         activities.append(layer.activity)
         biases |= layer.biases()
-    return Calibration(biases, activities)
+    return Calibration(biases, activities, layer.records or [])
 
 
 def made_up_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -308,8 +478,12 @@ def write_text(path: Path, vocab_size: int, n_tokens: int, seed: int) -> None:
 class SyntheticCheckpoint(Checkpoint):
     """A checkpoint that is computed tensor by tensor. Its folder holds configuration and tokenizer only."""
 
-    def __init__(self, recipe: Recipe, folder: Path, name: str) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, name: str, *, records: bool = False) -> None:
+        """records: its calibration has what profile.json has of each layer."""
         self.recipe, self.folder, self.name = recipe, folder, name
+        self._calibrating = threading.Lock()
+        self._calibration: Calibration | None = None
+        self._records = records
         self.config = opt_config(recipe.shape, recipe.dtype)
         with torch.device("meta"):
             model = OPTModel(self.config)
@@ -318,10 +492,13 @@ class SyntheticCheckpoint(Checkpoint):
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
         made_up_tokenizer(self.config.vocab_size).save_pretrained(folder)
 
-    @cached_property
+    @property
     def calibration(self) -> Calibration:
         """Computed when the first bias is asked for."""
-        return calibrate(self.recipe, self.sizes)
+        with self._calibrating:
+            if self._calibration is None:
+                self._calibration = calibrate(self.recipe, self.sizes, records=self._records)
+            return self._calibration
 
     def files(self) -> list[Path]:
         """None: no weights are on a disk."""
@@ -351,6 +528,8 @@ class SyntheticCheckpoint(Checkpoint):
         """The recipe, and what random numbers depend on besides."""
         recipe = asdict(self.recipe)
         facts = {"recipe version": RECIPE_VERSION, "torch": torch.__version__} | recipe.pop("shape") | recipe
+        if self.recipe.device == "cuda":
+            facts["GPU"] = torch.cuda.get_device_name()
         return [[name, value] for name, value in facts.items()]
 
 
@@ -379,7 +558,7 @@ def write_weights(source: SyntheticCheckpoint, folder: Path) -> None:
         for name, shard in zip(names, shards, strict=True):
             with TensorFileWriter(folder / name, shard) as writer:
                 for spec in shard:
-                    writer.write(source.tensor(spec.name).view(torch.uint8).numpy())
+                    writer.write(source.tensor(spec.name).cpu().view(torch.uint8).numpy())
                     bar.update(spec.nbytes)
                 writer.finish()
             _forget_pages(folder / name)
@@ -419,12 +598,36 @@ def make_folder(recipe: Recipe, out: Path, name: str) -> Calibration:
     return source.calibration
 
 
-def make_store(recipe: Recipe, out: Path, name: str) -> Calibration:
-    """A SparseFlow store; what an interrupted run has finished is kept."""
+def make_store(recipe: Recipe, out: Path, name: str, *, is_calibrated: bool = False) -> Calibration:
+    """A SparseFlow store; what an interrupted run has finished is kept.
+
+    is_calibrated: with a profile.json.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        source = SyntheticCheckpoint(recipe, Path(folder), name)
-        convert(source, out)
-        return source.calibration
+        source = SyntheticCheckpoint(recipe, Path(folder), name, records=is_calibrated)
+        if recipe.device == "cpu":
+            convert(source, out)
+        else:
+            with ThreadPoolExecutor(1) as early:  # biases are found while matrices are written
+                early.submit(lambda: source.calibration)
+                convert(source, out, n_threads=min(MOST_WRITERS, os.cpu_count() or 1))
+    if is_calibrated:
+        add_profile(out, source.calibration, recipe)
+    return source.calibration
+
+
+def add_profile(store: Path, calibration: Calibration, recipe: Recipe) -> None:
+    """Put what was found of the layers into the store, as `sparseflow calibrate --codes-only` does."""
+    n_tokens = (recipe.n_calibration_texts + recipe.n_heldout_texts) * recipe.n_text_tokens
+    profile = stored.Calibration(DEFAULT_RECALL, n_tokens, RECALLS, calibration.records)
+    with exclusive(store.with_name(store.name + ".calibration"), "calibrating") as folder:
+        for layer in range(recipe.shape.layers):
+            path = folder / stored.calibrated_name(layer)
+            path.parent.mkdir(exist_ok=True)
+            with TensorFileWriter(path, []) as writer:  # nothing of low rank
+                writer.finish()
+        install(store, folder, profile)
+        shutil.rmtree(folder)
 
 
 def summary(calibration: Calibration) -> dict[str, Any]:
@@ -452,8 +655,12 @@ def run(arguments: argparse.Namespace) -> None:
     preset, out = SHORT_NAMES.get(arguments.preset, arguments.preset), arguments.out.absolute()
     if out.exists():
         raise BadRequest(f"--out {out}: exists already; remove it, or name another place")
-    recipe = Recipe(PRESETS[preset], arguments.seed, arguments.dtype)
-    make = make_store if arguments.store else make_folder
+    if arguments.calibrate and not arguments.store:
+        raise BadRequest("--calibrate: a transformers folder has no profile.json; give --store as well")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise BadRequest("--device cuda: torch finds no GPU here; leave the option out")
+    recipe = Recipe(PRESETS[preset], arguments.seed, arguments.dtype, device=arguments.device)
+    make = partial(make_store, is_calibrated=arguments.calibrate) if arguments.store else make_folder
     result = summary(make(recipe, out, f"synthetic-{preset}"))
     if arguments.text:
         write_text(out.with_name(out.name + ".txt"), recipe.shape.vocab, arguments.text, recipe.seed)
@@ -463,6 +670,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if arguments.json:
         facts = {"preset": preset, "seed": recipe.seed, "dtype": recipe.dtype, "store": arguments.store}
+        facts |= {"device": recipe.device, "calibrated": arguments.calibrate}
         print(json.dumps(facts | {"out": str(out)} | costs | result))
     else:
         print(table(result))
@@ -478,6 +686,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
     parser.add_argument("--store", action="store_true", help="write a SparseFlow store, not a transformers folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device",
+        choices=DRAWN_AT_ONCE,
+        default=Recipe.__dataclass_fields__["device"].default,
+        help="where it is made",
+    )
+    parser.add_argument("--calibrate", action="store_true", help="with --store: add a profile.json")
     parser.add_argument("--dtype", choices=DTYPE_NBYTES, default="float16")
     parser.add_argument(
         "--text", type=int, metavar="TOKENS", help="write so many random words to DIR.txt, to calibrate on"

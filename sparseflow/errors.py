@@ -15,6 +15,8 @@
     ├── NotPermitted                     not_permitted    a peer that may not have what it asks for
     ├── Resync                           resync           the server does not know what a request builds on
     ├── Draining                         draining         the server is ending
+    ├── DeviceError                      internal         a call of the GPU's driver failed
+    │   └── NoDevice                     internal         there is no GPU here, or no driver for one
     └── ServerError                      internal         a weight server cannot be reached, or failed
         ├── ServerNotRunning             internal         nobody answers under that name
         └── NoAnswer                     internal         somebody does, but not in time
@@ -108,6 +110,19 @@ class Draining(SparseFlowError):
     """The server is ending, and begins nothing new."""
 
     wire_code = "draining"
+
+
+class DeviceError(SparseFlowError):
+    """A call of the GPU's driver failed. `name` and `number`: CUDA's, such as CUDA_ERROR_OUT_OF_MEMORY and 2."""
+
+    def __init__(self, text: str, *, name: str = "", number: int = 0) -> None:
+        super().__init__(text)
+        self.name = name
+        self.number = number
+
+
+class NoDevice(DeviceError):
+    """This host has no GPU, or no driver for one."""
 
 
 class ServerError(SparseFlowError):

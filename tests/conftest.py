@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks the hub
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is: tests run side by side; those of threads ask for theirs
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is: without a GPU its kernels run on the CPU, interpreted
 
 import opt_family
 import pytest

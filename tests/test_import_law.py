@@ -19,7 +19,7 @@ LAW = [
     {"assets", "errors"},
     {"protocol"},
     {"store", "utils"},
-    {"engine"},
+    {"cuda", "engine"},
     {"core"},
     {"client"},
     {"kernels", "orchestration"},
@@ -32,13 +32,13 @@ RANKS = {part: rank for rank, row in enumerate(LAW) for part in row}
 # The package's own face: its lazy names come from anywhere, so only people's entry points may import from it.
 FACE = "__init__"
 
-TORCH_FREE = ("errors", "protocol", "store", "engine")
+TORCH_FREE = ("errors", "protocol", "store", "cuda", "engine")
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 DAEMON_MODULES = sorted(path.relative_to(DAEMON).as_posix() for path in DAEMON.rglob("*.py"))
 
 # What the server may import of the package, and those parts that know it is one process of several.
-OF_THE_DAEMON = {"errors", "protocol", "store", "utils", "engine"}
+OF_THE_DAEMON = {"errors", "protocol", "store", "utils", "cuda", "engine"}
 WITH_THE_CLIENT = {"client", "models", "cli", "examples", "__main__", FACE}
 
 
@@ -143,7 +143,7 @@ def test_torch_free_parts_load_without_torch() -> None:
     for module in MODULES:
         if part_of(module) in TORCH_FREE:
             names.append("sparseflow." + module.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
-    assert {"sparseflow.errors", "sparseflow.store.manifest", "sparseflow.engine.resident"} <= set(names)
+    assert {"sparseflow.errors", "sparseflow.cuda.driver", "sparseflow.engine.resident"} <= set(names)
     code = "\n".join([*(f"import {name}" for name in names), "import sys", "assert 'torch' not in sys.modules"])
     run_python(code)
 

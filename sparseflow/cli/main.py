@@ -8,7 +8,20 @@ import sys
 from collections.abc import Sequence
 
 import sparseflow
-from sparseflow.cli import bench, calibrate, convert, demo, evaluate, generate, info, status, trace, verify, version
+from sparseflow.cli import (
+    bench,
+    calibrate,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    info,
+    status,
+    trace,
+    verify,
+    version,
+)
 from sparseflow.errors import BadRequest, NoAnswer, ServerNotRunning, SparseFlowError, UnsupportedModel
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_NO_ANSWER, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -24,6 +37,7 @@ _COMMANDS = {
     "status": status,
     "trace": trace,
     "bench": bench,
+    "doctor": doctor,
     "version": version,
 }
 

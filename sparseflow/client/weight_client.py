@@ -23,7 +23,7 @@ from sparseflow.client.line import Line
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.host_bundles import MappedFetch
 from sparseflow.core.tensor_views import predictors_by_layer, view_tensors
-from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Early, Fetch, HostBundles, SourceStatus
+from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Early, Fetch, HostBundles, HostMemory, SourceStatus
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.errors import BadRequest, Draining, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.inquiry import ask_status
@@ -153,6 +153,11 @@ class WeightClient:
             return None
         first = layer * self.profile.ffn_dimension
         return self.attachment.bundles[first : first + self.profile.ffn_dimension]
+
+    def host_memory(self) -> HostMemory:
+        """As `WeightSource.host_memory`: the server's arena, as it is mapped here."""
+        bundles = self.attachment.bundles
+        return HostMemory(bundles.data_ptr(), bundles.nbytes, is_read_only=True, owner=bundles)
 
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""

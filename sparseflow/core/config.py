@@ -19,7 +19,7 @@ __all__ = [
     "SparseFlowConfig",
     "dtype_name",
     "profile_of",
-    "require_cpu",
+    "require_device",
     "require_relu_opt",
     "require_same_network",
     "require_sizes",
@@ -32,7 +32,8 @@ class OffloadStrategy:
     """What is kept where, and how it moves."""
 
     gpu_cache_ratio: float = 0.3
-    """Share of all bundles that have a slot on the GPU. Without effect on a CPU, which computes from host memory."""
+    """At most this share of all bundles has a slot on the GPU; less where its memory does not hold it. Without effect
+    on a CPU, which computes from host memory."""
     cpu_cache_ratio: float = 1.0
     """At most this share of all bundles is kept in host memory; less where the memory given does not hold it."""
     aggressive_offload: bool = False
@@ -46,6 +47,9 @@ class OffloadStrategy:
     eviction: str = DEFAULT_EVICTION
     """Of bundles in host memory: the least often used of late (`lfu`), the least recently used (`lru`), or the one that
     came first (`fifo`)."""
+    device_cache: str = "auto"
+    """`auto`: a GPU keeps bundles in slots, a CPU computes them where they lie. `copy`: a CPU copies them to slots as
+    well, which is slower, and what a GPU does otherwise."""
 
     def __post_init__(self) -> None:
         for name in ("gpu_cache_ratio", "cpu_cache_ratio"):
@@ -60,6 +64,8 @@ class OffloadStrategy:
             )
         if self.eviction not in EVICTIONS:
             raise BadRequest(f"eviction={self.eviction!r}: one of {', '.join(EVICTIONS)}")
+        if self.device_cache not in ("auto", "copy"):
+            raise BadRequest(f"device_cache={self.device_cache!r}: auto or copy")
 
     @property
     def arena_eviction(self) -> str:
@@ -67,13 +73,25 @@ class OffloadStrategy:
         return self.eviction if self.use_lru_eviction else "fifo"
 
 
-def require_cpu(device: object) -> None:
+def require_device(device: object) -> None:
     """
     Raises:
-        BadRequest: any other device.
+        BadRequest: neither the CPU nor a GPU that there is.
     """
-    if str(device) != "cpu":
-        raise BadRequest(f"device {str(device)!r}: this version computes on the CPU; use device='cpu'")
+    name = str(device)
+    kind, _, number = name.partition(":")
+    if name == "cpu":
+        return
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise BadRequest(f"device {name!r}: give 'cpu', 'cuda', or 'cuda:N' for the GPU of that number")
+    import torch
+
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= n_devices:
+        raise BadRequest(
+            f"device {name!r}: torch {torch.__version__} sees {n_devices} GPUs here; use device='cpu', or install a "
+            "torch build for your GPU (`sparseflow doctor` says what is there)"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,9 +103,11 @@ class SparseFlowConfig:
     compute_dtype: "torch.dtype | None" = None
     """None: the dtype of the store."""
     primary_device: str = "cpu"
-    """Where to compute. This version: cpu."""
+    """Where to compute: `cpu`, `cuda` or `cuda:N`."""
     secondary_device: str = "cpu"
-    """Where weights wait. This version: cpu."""
+    """Where weights wait: `cpu`."""
+    device_memory: str | int = "auto"
+    """The most that a GPU may be filled with by this process, a size or `auto` (nine tenths of what is free there)."""
     enable_profiling: bool = True
     """Count active and candidate neurons while running."""
     predictor_weights_path: str | None = None

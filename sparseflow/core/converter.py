@@ -3,13 +3,16 @@
 The store grows in `NAME.partial` beside its place: each file appears there under its final name when it is whole, and
 the journal records it. A rerun after a kill checks the recorded files and goes on with the rest. The
 manifest comes last, then the folder gets its name. Memory stays under two layers' weights plus the largest tensor of
-the rest.
+the rest; with several threads, for each of them.
+
+Tensors that a source holds on another device are laid out and coded there, and come here as bytes to be written.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -33,10 +36,14 @@ from sparseflow.utils.sizes import format_size
 if TYPE_CHECKING:
     from torch import Tensor
 
+_Writers = Mapping[str, tuple[int, Callable[[str], FileEntry]]]  # each large file's size, and what writes it
+
 _SPARE_NBYTES = 16 << 20  # manifest, tokenizer, journal: what is not counted tensor by tensor
 
 
-def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, quiet: bool = False) -> Path:
+def convert(
+    source: Checkpoint, destination: Path, *, dtype: str | None = None, quiet: bool = False, n_threads: int = 1
+) -> Path:
     """Make a store from a checkpoint.
 
     Args:
@@ -44,6 +51,7 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
         destination: where the store shall be; must not exist.
         dtype: `float16`, `bfloat16` or `float32`; None: the checkpoint's.
         quiet: no progress bar on stderr.
+        n_threads: files written at once; more than 1 only from a source whose `tensor` several threads may call.
 
     Returns:
         `destination`.
@@ -63,7 +71,8 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
             unfinished.rmdir()
             raise BadRequest(f"{destination}: exists already; remove it, or choose another place for the store")
         try:
-            _Conversion(source, unfinished, profile_of(source.config, stored_dtype, source.name)).run(quiet)
+            profile = profile_of(source.config, stored_dtype, source.name)
+            _Conversion(source, unfinished, profile, n_threads).run(quiet)
             os.replace(unfinished, destination)
             _sync_folder(destination.parent)
         except NotEnoughDisk:
@@ -85,10 +94,11 @@ def convert(source: Checkpoint, destination: Path, *, dtype: str | None = None, 
 class _Conversion:
     """One run: what is to be written, where, and what an earlier run has left."""
 
-    def __init__(self, source: Checkpoint, folder: Path, profile: ModelProfile) -> None:
+    def __init__(self, source: Checkpoint, folder: Path, profile: ModelProfile, n_threads: int) -> None:
         self.source = source
         self.folder = folder
         self.profile = profile
+        self.n_threads = n_threads
         self.description = {
             "name": source.name,
             "checkpoint_dtype": source.dtype(),
@@ -108,11 +118,11 @@ class _Conversion:
         for folder in ("neurons", "predictors"):
             (self.folder / folder).mkdir(exist_ok=True)
         with tqdm(total=total, initial=finished, unit="B", unit_scale=True, desc="convert", disable=quiet) as bar:
-            for name, (nbytes, write) in writers.items():
-                if name not in self.journal.finished:
-                    self.journal.record(name, write(name))
-                    self.source.release()
-                    bar.update(nbytes)
+            missing = {name: writer for name, writer in writers.items() if name not in self.journal.finished}
+            for name, entry in self._written(missing):
+                self.journal.record(name, entry)
+                self.source.release()
+                bar.update(entry.nbytes)
         files = self.journal.finished | self._write_companions()
         shards = [shard_name(layer) for layer in range(self.profile.num_layers)]
         tables = {name: hash_table(read_checksum_table(self.folder / name)) for name in shards}
@@ -120,8 +130,31 @@ class _Conversion:
         self.journal.remove()
         _sync_folder(self.folder)
 
-    def _writers(self) -> dict[str, tuple[int, Callable[[str], FileEntry]]]:
-        """Each large file's size, and what writes it."""
+    def _written(self, writers: _Writers) -> Iterator[tuple[str, FileEntry]]:
+        """Write the files, and name each one that is whole. After an error no other is begun."""
+        if self.n_threads == 1:
+            for name, (_, write) in writers.items():
+                yield name, write(name)
+            return
+        pool = ThreadPoolExecutor(self.n_threads)
+        failure: BaseException | None = None
+        try:
+            names = {pool.submit(write, name): name for name, (_, write) in writers.items()}
+            for future in as_completed(names):
+                if future.cancelled():
+                    continue
+                if error := future.exception():
+                    failure = failure or error
+                    for other in names:
+                        other.cancel()
+                else:
+                    yield names[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if failure:
+            raise failure
+
+    def _writers(self) -> _Writers:
         p = self.profile
         dense = list(dense_tensors(self.source, p))
         shard = shard_format.shard_specs(p.ffn_dimension, p.hidden_dimension, p.dtype)
@@ -168,13 +201,12 @@ class _Conversion:
 
     def _write_codes(self, layer: int, specs: Sequence[TensorSpec], name: str) -> FileEntry:
         # Coded from the weights as stored: rounding to the store's dtype must not escape the bound.
-        weight = self._in_dtype(self._mlp_weight(layer, "fc1"), f"layer {layer} fc1").float().numpy()
         dither = codes.layer_dither(self.profile.hidden_dimension, layer)
-        blocks = list(codes.code_layer(weight, dither))
+        parts = _coded_parts(self._in_dtype(self._mlp_weight(layer, "fc1"), f"layer {layer} fc1"), dither)
         with TensorFileWriter(self.folder / name, specs) as writer:
             writer.write(dither)
-            for part in zip(*blocks, strict=True):  # all coarse codes, then all fine ones, ...
-                writer.write(np.concatenate(part))
+            for part in parts:
+                writer.write(part)
             return writer.finish()
 
     def _mlp_weight(self, layer: int, part: str) -> "Tensor":
@@ -205,9 +237,26 @@ class _Conversion:
         return {name: shard_format.hash_file(self.folder / name) for name in names}
 
 
+def _coded_parts(weight: "Tensor", dither: NDArray[np.float32]) -> Iterator[NDArray[np.generic]]:
+    """All coarse codes of a layer, then all fine ones, and so on: the fields of `Codes`."""
+    if weight.device.type == "cpu":
+        weight = weight.float()  # the narrow one may go
+        blocks = list(codes.code_layer(weight.numpy(), dither))
+        yield from (np.concatenate(part) for part in zip(*blocks, strict=True))
+        return
+    import torch
+
+    from sparseflow.core.torch_codes import code_layer
+
+    yield from map(_raw, code_layer(weight, torch.from_numpy(dither).to(weight.device)))
+
+
 def _raw(tensor: "Tensor") -> NDArray[np.uint8]:
     import torch
 
+    if tensor.device.type != "cpu":  # by page-locked memory, which is several times as fast; torch keeps it for others
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        tensor = host.copy_(tensor)
     return tensor.contiguous().view(torch.uint8).numpy()
 
 

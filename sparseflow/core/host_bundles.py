@@ -1,5 +1,6 @@
-"""Where an open store keeps its bundles in this process: all of them mapped, or some of them in the engine's arena."""
+"""Where an open store keeps its bundles in this process: all mapped or copied, or some in the engine's arena."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.tensor_views import view_bundles
-from sparseflow.core.weight_source import Early, Fetch, HostBundles
+from sparseflow.core.weight_source import Early, Fetch, HostBundles, HostMemory
+from sparseflow.engine.arena import Arena
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.engine.engine import Engine
 from sparseflow.engine.resident import ResidentShards
@@ -52,6 +54,10 @@ class BundleHolder(Protocol):
         """As `WeightSource.resident_bundles`."""
         ...
 
+    def host_memory(self) -> HostMemory | None:
+        """As `WeightSource.host_memory`."""
+        ...
+
     def counts(self) -> FetchCounts | None:
         """What was fetched so far; None where nothing is counted."""
         ...
@@ -90,6 +96,10 @@ class MappedBundles:
         """As `WeightSource.resident_bundles`."""
         return self._bundles[layer]
 
+    def host_memory(self) -> HostMemory | None:
+        """None: a driver may not page-lock a mapped file."""
+        return None
+
     def counts(self) -> None:
         """Nothing is counted."""
 
@@ -97,6 +107,32 @@ class MappedBundles:
         """As `BundleHolder.close`."""
         self._bundles = []
         self._shards.close()
+
+
+class CopiedBundles(MappedBundles):
+    """Every bundle in memory of this process's own, which can be page-locked, in the slot of its own id."""
+
+    io = "copy"
+
+    def __init__(self, store: Path, manifest: Manifest) -> None:
+        """
+        Raises:
+            NotEnoughMemory: the system refuses.
+        """
+        super().__init__(store, manifest)
+        profile, mapped = manifest.profile, self._bundles
+        n_bundles = profile.num_layers * profile.ffn_dimension
+        self._arena = Arena(n_bundles, profile.bundle_nbytes)
+        self.mapped_nbytes, self.private_nbytes = 0, self._arena.slots.nbytes
+        copies = view_bundles(self._arena.slots, profile).chunk(profile.num_layers)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda layer: copies[layer].copy_(mapped[layer]), range(profile.num_layers)))
+        self._bundles = list(copies)
+        self._shards.close()
+
+    def host_memory(self) -> HostMemory | None:
+        """As `WeightSource.host_memory`."""
+        return memory_of(self._arena.slots)
 
 
 class MappedFetch:
@@ -165,6 +201,10 @@ class ArenaBundles:
         """None: a bundle is here between two evictions."""
         return None
 
+    def host_memory(self) -> HostMemory | None:
+        """As `WeightSource.host_memory`."""
+        return memory_of(self._engine.slots)
+
     def counts(self) -> FetchCounts:
         """As `BundleHolder.counts`."""
         return self._engine.counts()
@@ -172,6 +212,11 @@ class ArenaBundles:
     def close(self) -> None:
         """As `BundleHolder.close`."""
         self._engine.close()
+
+
+def memory_of(slots: NDArray[np.uint8]) -> HostMemory:
+    """An arena of this process's own: whole pages from its first slot on."""
+    return HostMemory(slots.ctypes.data, slots.nbytes, is_read_only=False, owner=slots)
 
 
 _NOTHING = np.empty(0, np.int64), np.empty(0, bool)

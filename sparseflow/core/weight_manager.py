@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from sparseflow.core.config import OffloadStrategy, dtype_name, require_same_network
 from sparseflow.core.device_cache import WeightCache
-from sparseflow.core.host_bundles import ArenaBundles, BundleHolder, MappedBundles
+from sparseflow.core.host_bundles import ArenaBundles, BundleHolder, CopiedBundles, MappedBundles
 from sparseflow.core.store_home import find_or_convert
 from sparseflow.core.tensor_views import map_tensors, predictors_by_layer
-from sparseflow.core.weight_source import Fetch, SourceStatus
+from sparseflow.core.weight_source import Fetch, HostMemory, SourceStatus
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.engine.memory_plan import MemoryPlan, plan_memory, require_memory
 from sparseflow.engine.reading import require_io
@@ -63,6 +63,7 @@ class DiskWeightStore:
         strategy: OffloadStrategy | None = None,
         memory: str | int = "auto",
         io: str = "auto",
+        for_device: bool = False,
     ) -> Self:
         """Find or make the store, and open it.
 
@@ -73,6 +74,8 @@ class DiskWeightStore:
                 Where all weights fit they are mapped; else what must be is resident, and the rest is the arena's.
             io: how bundles are read where not all are resident: `direct`, `buffered`, `map`, or `auto` (direct where
                 the file system allows it; `status` says which, and why).
+            for_device: a GPU will read bundles from host memory: where all weights fit they are copied to memory that
+                can be page-locked, not mapped.
 
         Raises:
             FingerprintMismatch: `hf_config` describes another model.
@@ -93,7 +96,7 @@ class DiskWeightStore:
         if hf_config is not None:
             stored = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             require_same_network(hf_config.to_dict(), stored, str(self.path))
-        self._memory, self._io, self._strategy = memory, io, strategy
+        self._memory, self._io, self._strategy, self._for_device = memory, io, strategy, for_device
         self._plan(strategy or OffloadStrategy())  # refused before much is read
         for name, entry in self.manifest.files.items():
             if not name.startswith("neurons/"):
@@ -117,7 +120,7 @@ class DiskWeightStore:
     def _hold(self, strategy: OffloadStrategy) -> BundleHolder:
         plan = self._plan(strategy)
         if plan.n_slots is None:
-            return MappedBundles(self.path, self.manifest)
+            return (CopiedBundles if self._for_device else MappedBundles)(self.path, self.manifest)
         return ArenaBundles(self.path, self.manifest, plan.n_slots, strategy, self._io, plan.buffers_nbytes)
 
     @property
@@ -175,6 +178,10 @@ class DiskWeightStore:
     def resident_bundles(self, layer: int) -> "Tensor | None":
         """As `WeightSource.resident_bundles`."""
         return self._bundles.resident_bundles(layer)
+
+    def host_memory(self) -> HostMemory | None:
+        """As `WeightSource.host_memory`."""
+        return self._bundles.host_memory()
 
     def counts(self) -> FetchCounts | None:
         """As `WeightSource.counts`."""

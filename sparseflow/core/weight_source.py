@@ -32,6 +32,18 @@ class HostBundles:
     slots: NDArray[np.uint32]
 
 
+class HostMemory(NamedTuple):
+    """Memory of this process in which bundles lie: what a GPU can read by itself once it is page-locked.
+
+    owner: what keeps it mapped. Another one, once a server's successor has put other memory in its place.
+    """
+
+    address: int
+    nbytes: int
+    is_read_only: bool
+    owner: object
+
+
 class Early(NamedTuple):
     """What of a fetch is in host memory already, while the rest is read. positions: (n,) int64, among the ids."""
 
@@ -139,6 +151,10 @@ class WeightSource(Protocol):
 
         To be read at once, and asked for again for the next step: a server that ends takes them along.
         """
+        ...
+
+    def host_memory(self) -> HostMemory | None:
+        """Where the bundles of all fetches lie; None where that cannot be page-locked, as with mapped files."""
         ...
 
     def counts(self) -> FetchCounts | None:

@@ -191,7 +191,7 @@ def kernel(dtype: torch.dtype) -> Any:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = W x + b for each token, on torch's threads.
+    """y = W x + b for each token: on a CPU on torch's threads; on a GPU by its library, x rounded to the weights' dtype.
 
     Args:
         x: (n_tokens, n_in), float16, bfloat16 or float32.
@@ -201,6 +201,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (n_tokens, n_out) float32.
     """
+    if weight.device.type != "cpu":
+        return functional.linear(x.to(weight.dtype), weight, bias).float()
     if len(x) > _FEW_TOKENS:
         return _by_tiles(x.float(), weight, bias)
     wide = x.float().contiguous()

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 _ROOM = "_sparseflow_room"  # attribute of a cache layer: its `_Room`
 _LEAST_ROOM = 64  # positions
+_CPU = torch.device("cpu")
 _GROWTH = 4  # a buffer that is full grows by one part in so many
 
 
@@ -22,7 +23,7 @@ def append(cache: Cache, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor
         All keys and all values of the layer, the given ones last.
     """
     length = key.shape[2]
-    reserved = reserve(cache, layer, key.shape, key.dtype)
+    reserved = reserve(cache, layer, key.shape, key.dtype, key.device)
     if reserved is None:
         updated: tuple[Tensor, Tensor] = cache.update(key, value, layer)
         return updated
@@ -32,7 +33,9 @@ def append(cache: Cache, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor
     return keys, values
 
 
-def reserve(cache: Cache, layer: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def reserve(
+    cache: Cache, layer: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU
+) -> tuple[Tensor, Tensor] | None:
     """Make positions more in one layer, for the caller to write.
 
     Args:
@@ -48,31 +51,50 @@ def reserve(cache: Cache, layer: int, shape: Sequence[int], dtype: torch.dtype) 
     if type(growing) is not DynamicLayer:
         return None
     if not growing.is_initialized:
-        nothing = torch.empty(0, dtype=dtype)
+        nothing = torch.empty(0, dtype=dtype, device=device)
         growing.lazy_initialization(nothing, nothing)
     room: _Room | None = getattr(growing, _ROOM, None)
     before = growing.keys.shape[2] if growing.keys.numel() else 0
     after = before + shape[2]
     # Whoever has replaced what we left here (cropped, reordered, copied it) may still read what lies behind.
     if room is None or growing.keys is not room.keys or growing.values is not room.values or after > room.length:
-        room = _Room(growing.keys, growing.values, before, after, shape, dtype)
+        room = _Room(growing.keys, growing.values, before, after, shape, dtype, device)
         setattr(growing, _ROOM, room)
     room.keys, room.values = room.key_buffer.narrow(2, 0, after), room.value_buffer.narrow(2, 0, after)
     growing.keys, growing.values = room.keys, room.values
     return room.keys, room.values
 
 
+def room_of(cache: Cache, layer: int) -> tuple[Tensor, Tensor] | None:
+    """The buffers whose beginnings one layer's keys and values are; None where these are not as `reserve` left them.
+
+    Each is (n_sequences, n_heads, room, head_dim), contiguous.
+    """
+    growing = cache.layers[layer]
+    room: _Room | None = getattr(growing, _ROOM, None)
+    if room is None or growing.keys is not room.keys or growing.values is not room.values:
+        return None
+    return room.key_buffer, room.value_buffer
+
+
 class _Room:
     """Buffers of one layer, and the beginnings of them that were handed out last."""
 
     def __init__(
-        self, keys: Tensor, values: Tensor, before: int, after: int, shape: Sequence[int], dtype: torch.dtype
+        self,
+        keys: Tensor,
+        values: Tensor,
+        before: int,
+        after: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Room for `after` positions and some more, holding the `before` that there are."""
         n_sequences, n_heads, _, head_dim = shape
         self.length = after + max(_LEAST_ROOM, after // _GROWTH)
         self.keys, self.values = keys, values
-        self.key_buffer = torch.empty(n_sequences, n_heads, self.length, head_dim, dtype=dtype)
+        self.key_buffer = torch.empty(n_sequences, n_heads, self.length, head_dim, dtype=dtype, device=device)
         self.value_buffer = torch.empty_like(self.key_buffer)
         if before:
             self.key_buffer[:, :, :before] = keys

@@ -63,7 +63,8 @@ class SparseOPTAttention(OPTAttention):
             key, value = append(past_key_values, self.layer_idx, key, value)
         weights = None
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and length == 1 and attention_mask is None:
+        is_on_cpu = query.device.type == "cpu"
+        if implementation == "sdpa" and length == 1 and attention_mask is None and is_on_cpu:
             output = attend(query[:, :, 0], key, value)
         else:
             output, weights = self._attend_by(implementation, query, key, value, attention_mask, **kwargs)
@@ -73,9 +74,9 @@ class SparseOPTAttention(OPTAttention):
     def _attend_by(
         self, implementation: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As transformers does it. torch's sdpa gets float32: on a CPU 16 bits take it two to five times as long."""
+        """As transformers does it. On a CPU torch's sdpa gets float32: 16 bits take it two to five times as long."""
         attend_by = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        if implementation == "sdpa":
+        if implementation == "sdpa" and key.device.type == "cpu":
             key, value = key.float(), value.float()
             mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         attended: tuple[Tensor, Tensor | None] = attend_by(
@@ -159,7 +160,7 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
 
     def _attention_step(self, hidden_states: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor] | None:
         """The same for one token in one call; None where it is not made for this layer or cache, or hooks look on."""
-        if past_key_values is None or not self._can_step:
+        if past_key_values is None or not self._can_step or hidden_states.device.type != "cpu":
             return None
         if any(module._forward_hooks for module in self._modules.values() if module is not None):
             return None

@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, OPTConfig, OPTForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparseflow.client.weight_client import WeightClient
 from sparseflow.core.config import (
     OffloadStrategy,
     SparseFlowConfig,
     dtype_name,
-    require_cpu,
+    require_device,
     require_same_network,
     same_sizes,
 )
@@ -24,9 +25,13 @@ from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
 from sparseflow.models.opt_layers import FrozenLinear, SparseOPTDecoderLayer
+from sparseflow.models.token_step import TokenStep
 from sparseflow.orchestration.calibrated_predictor import given_predictor
 from sparseflow.orchestration.density import Crossover
+from sparseflow.orchestration.device_coordinator import DeviceCoordinator, choosers_of
+from sparseflow.orchestration.device_slots import plan_slots
 from sparseflow.orchestration.fidelity import DEFAULT_FIDELITY, make_predictor, require_fidelity
+from sparseflow.orchestration.neuron_predictor import NeuronPredictor
 from sparseflow.orchestration.stats import RunStats
 from sparseflow.orchestration.transfer_coordinator import LayerBiases, TransferCoordinator
 
@@ -79,20 +84,32 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         self.model.decoder.layers = nn.ModuleList(layers)
         self.source = source
         self.sparseflow_config = config
-        self._load_dense()
-        biases = [LayerBiases(layer.fc1.bias, layer.fc2.bias) for layer in layers]
+        device = torch.device(config.primary_device)
+        self._load_dense(device)
         if config.predictor_weights_path is None:
             predictor = make_predictor(source, fidelity or DEFAULT_FIDELITY, config.strategy.activation_threshold)
         else:
             predictor = given_predictor(source, config.predictor_weights_path)
         self.fidelity = "dense" if predictor is None else predictor.fidelity
-        norms = [layer.mlp_norm for layer in layers]
-        self.coordinator = TransferCoordinator(source, predictor, biases, norms, crossover)
+        self.coordinator = self._coordinator(predictor, device, crossover)
         self.coordinator.profiling = config.enable_profiling
         for layer in layers:
             layer.coordinator = self.coordinator
+        self.token_step = TokenStep.of(self)
         self.generation_config = _generation_config(source, hf_config)
         super().train(False)
+
+    def _coordinator(
+        self, predictor: NeuronPredictor | None, device: torch.device, crossover: Crossover | None
+    ) -> "TransferCoordinator | DeviceCoordinator":
+        layers, config, source = self.model.decoder.layers, self.sparseflow_config, self.source
+        if device.type == "cpu" and config.strategy.device_cache == "auto":
+            biases = [LayerBiases(layer.fc1.bias, layer.fc2.bias) for layer in layers]
+            norms = [layer.mlp_norm for layer in layers]
+            return TransferCoordinator(source, predictor, biases, norms, crossover)
+        choosers = choosers_of(predictor, device)
+        slots = plan_slots(source, device, config.device_memory, config.strategy)
+        return DeviceCoordinator(source, predictor, choosers, [layer.fc2.bias for layer in layers], device, slots)
 
     @classmethod
     def from_pretrained(
@@ -104,6 +121,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         io: str = "auto",
         fidelity: str = DEFAULT_FIDELITY,
         device: str = "cpu",
+        device_memory: str | int = "auto",
         dtype: str | torch.dtype | None = None,
         cache_dir: str | Path | None = None,
         attn_implementation: str | None = None,
@@ -116,6 +134,10 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             memory: the most that weights, arena and buffers may take, such as `6GiB`; `auto`: nine tenths of what is
                 free. What does not fit stays on disk and is read as it is needed.
             io: how it is read: `direct`, `buffered`, `map`, or `auto`.
+            device: `cpu`, `cuda` or `cuda:N`.
+            device_memory: the most that a GPU may be filled with by this process, its context included; `auto`: nine
+                tenths of what is free there. What is left by weights and codes is for neurons, of which
+                `strategy.gpu_cache_ratio` are the most.
             dtype: `float16`, `bfloat16`, `float32`; None or `auto`: as the checkpoint or store has it.
             attn_implementation: transformers' name of one, such as `eager`; None: its choice.
             quiet: no progress bar while converting.
@@ -126,16 +148,18 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         if unknown:
             raise BadRequest(
                 f"from_pretrained: {', '.join(unknown)} not known here; it takes strategy, memory, io, fidelity, "
-                "device, dtype, cache_dir, attn_implementation and quiet (device_map: memory; torch_dtype: dtype)"
+                "device, device_memory, dtype, cache_dir, attn_implementation and quiet (device_map: memory; "
+                "torch_dtype: dtype)"
             )
-        require_cpu(device)
+        require_device(device)
         require_fidelity(fidelity)
         stored_dtype = None if dtype in (None, "auto") else dtype_name(dtype)
         strategy = strategy or OffloadStrategy()
         store = DiskWeightStore(name, cache_dir, dtype=stored_dtype, quiet=quiet)
-        store.initialize_from_pretrained(strategy=strategy, memory=memory, io=io)
+        store.initialize_from_pretrained(strategy=strategy, memory=memory, io=io, for_device=device != "cpu")
         try:
-            model = cls(SparseFlowConfig(store.profile, strategy, primary_device=device), store, fidelity=fidelity)
+            config = SparseFlowConfig(store.profile, strategy, primary_device=device, device_memory=device_memory)
+            model = cls(config, store, fidelity=fidelity)
             if attn_implementation is not None:
                 model.set_attn_implementation(attn_implementation)
         except BaseException:
@@ -151,6 +175,8 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         *,
         fidelity: str = DEFAULT_FIDELITY,
         device: str = "cpu",
+        device_memory: str | int = "auto",
+        gpu_cache_ratio: float = OffloadStrategy().gpu_cache_ratio,
         attn_implementation: str | None = None,
         activation_threshold: float = 1.0,
         **source: Any,
@@ -160,18 +186,21 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         Args:
             name: of the server.
             model: which of its models; None: its only one.
-            activation_threshold: as in `OffloadStrategy`.
+            device, device_memory: as `from_pretrained` is told.
+            gpu_cache_ratio, activation_threshold: as in `OffloadStrategy`.
             source: what `WeightClient` takes: `expected`, `load_timeout_s`, `reconnect_timeout_s`.
 
         Raises:
             SparseFlowError: as its text says.
         """
-        require_cpu(device)
+        require_device(device)
         require_fidelity(fidelity)
         client = WeightClient(name, model, **source)
         try:
-            strategy = replace(client.strategy, activation_threshold=activation_threshold)
-            config = SparseFlowConfig(client.profile, strategy, primary_device=device)
+            strategy = replace(
+                client.strategy, activation_threshold=activation_threshold, gpu_cache_ratio=gpu_cache_ratio
+            )
+            config = SparseFlowConfig(client.profile, strategy, primary_device=device, device_memory=device_memory)
             served = cls(config, client, fidelity=fidelity)
             if attn_implementation is not None:
                 served.set_attn_implementation(attn_implementation)
@@ -182,6 +211,9 @@ class SparseOPTForCausalLM(OPTForCausalLM):
 
     def close(self) -> None:
         """Give the weights back, and what the source holds. The model computes no more. May be called twice."""
+        if isinstance(self.coordinator, DeviceCoordinator):
+            self.token_step = None
+            self.coordinator.close()  # before the source: a device reads its memory
         self.source.close()
         for layer in self.model.decoder.layers:
             layer.forget_weights()
@@ -231,6 +263,10 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         """
         if self.device.type == "meta":
             raise BadRequest("the model was closed; open it again")
+        if self.token_step is not None and labels is None and use_cache is not False and _asks_for_logits_only(kwargs):
+            logits = self.token_step(input_ids, attention_mask, past_key_values)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         given = input_ids if input_ids is not None else inputs_embeds
         if given is not None and (length := past + given.shape[1]) > self.config.max_position_embeddings:
@@ -264,8 +300,16 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         self._require_positions(max(input_ids_length, generation_config.max_length))
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
-    def _load_dense(self) -> None:
-        dense = dict(self.source.dense())
+    def device_report(self) -> dict[str, Any]:
+        """What lies on the device, in bytes, and how neurons get there; empty where there are no device slots."""
+        if not isinstance(self.coordinator, DeviceCoordinator):
+            return {}
+        report = self.coordinator.report()
+        report["nbytes"]["dense"] = sum(weight.nbytes for weight in self.parameters())
+        return report | {"uses_graph": self.token_step is not None and self.token_step.uses_graph}
+
+    def _load_dense(self, device: torch.device) -> None:
+        dense = {name: weight.to(device) for name, weight in self.source.dense().items()}
         try:
             missing, unexpected = self.load_state_dict(dense, strict=False, assign=True)
         except RuntimeError as error:
@@ -285,13 +329,16 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         Raises:
             BadRequest: another device or dtype.
         """
-        here = torch.empty(0, dtype=self.dtype)
+        here = torch.empty(0, dtype=self.dtype, device=self.device)
         try:
             there = fn(here)
         except (AssertionError, RuntimeError) as error:
             raise BadRequest(f"the model cannot be moved ({error}); leave the model on {self.device}") from error
         if there.device != here.device:
-            raise BadRequest(f"device {there.device}: this version computes on the CPU; leave the model on the CPU")
+            raise BadRequest(
+                f"device {there.device}: the model was made for {here.device} and stays there; "
+                f"open it again with device={str(there.device)!r}"
+            )
         if there.dtype != here.dtype:
             raise BadRequest(
                 f"dtype {there.dtype}: the weights are the store's own, {self.dtype}; "
@@ -318,6 +365,14 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         )
 
 
+def _asks_for_logits_only(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("return_dict") is not False and all(
+        value is None or value is False
+        for name, value in kwargs.items()
+        if name not in ("return_dict", "cache_position")
+    )
+
+
 def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
     if config.hf_config is not None:
         stored = json.loads(source.model_files["config.json"])
@@ -328,7 +383,9 @@ def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
             "use the configuration of the model in the store"
         )
     for device in (config.primary_device, config.secondary_device):
-        require_cpu(device)
+        require_device(device)
+    if config.secondary_device != "cpu":
+        raise BadRequest(f"secondary_device={config.secondary_device!r}: weights wait in host memory; use 'cpu'")
     if config.compute_dtype is not None and dtype_name(config.compute_dtype) != source.profile.dtype:
         raise BadRequest(
             f"compute_dtype={config.compute_dtype}: the store holds {source.profile.dtype}; "

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, DiskError, ShardCorrupt
 from sparseflow.kernels.bounds import Margin
+from sparseflow.orchestration.choosers import Chooser, ChooserByLowRank
 from sparseflow.orchestration.low_rank import LowRank
 from sparseflow.orchestration.neuron_predictor import (
     CodesOfLayer,
@@ -38,6 +39,10 @@ class LowRankOfLayer:
     def __init__(self, low_rank: LowRank) -> None:
         self._low_rank = low_rank
         self.nbytes_read = 0
+
+    def on_device(self, device: torch.device) -> Chooser:
+        """As `LayerPredictor.on_device`."""
+        return ChooserByLowRank(self._low_rank, device)
 
     def select(self, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
 from sparseflow.kernels.bounds import CodedRows, Margin, Scorer
+from sparseflow.orchestration.choosers import Chooser, ChooserByCodes
 from sparseflow.store.profile import ModelProfile
 
 # Probability that one token misses any active neuron in any layer under `exact`.
@@ -71,12 +72,16 @@ class LayerPredictor(Protocol):
         """As `NeuronPredictor.bounds`."""
         ...
 
+    def on_device(self, device: torch.device) -> Chooser:
+        """What chooses the same neurons on a GPU."""
+        ...
+
 
 class LayeredPredictor:
     """A predictor for each layer."""
 
     def __init__(self, layers: Sequence[LayerPredictor], kinds: list[str], fidelity: str) -> None:
-        self._layers = layers
+        self.layers = layers
         self.kinds = kinds
         """What each layer's is."""
         self.fidelity = fidelity
@@ -84,11 +89,11 @@ class LayeredPredictor:
 
     def scorer(self, layer: int) -> Scorer | None:
         """As `NeuronPredictor.scorer`."""
-        return self._layers[layer].scorer
+        return self.layers[layer].scorer
 
     def select(self, layer: int, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""
-        predictor = self._layers[layer]
+        predictor = self.layers[layer]
         before = predictor.nbytes_read
         ids = predictor.select(x)
         self.nbytes_read += predictor.nbytes_read - before
@@ -96,7 +101,7 @@ class LayeredPredictor:
 
     def bounds(self, layer: int, x: Tensor) -> Tensor:
         """As `NeuronPredictor.bounds`."""
-        predictor = self._layers[layer]
+        predictor = self.layers[layer]
         before = predictor.nbytes_read
         bounds = predictor.bounds(x)
         self.nbytes_read += predictor.nbytes_read - before
@@ -117,6 +122,11 @@ class CodesOfLayer:
         """
         self.scorer = Scorer(rows, margin, failure_probability, threshold, planes)
         self.nbytes_read = 0
+        self._settings = rows, margin, failure_probability, threshold, planes
+
+    def on_device(self, device: torch.device) -> Chooser:
+        """As `LayerPredictor.on_device`."""
+        return ChooserByCodes(*self._settings, device)
 
     def select(self, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""

@@ -7,6 +7,28 @@ from sparseflow.orchestration.recall_sums import RecallSums
 
 
 @dataclass
+class DeviceCounts:
+    """Sums over layer steps whose bundles have slots on a device; candidates and misses by layer."""
+
+    candidates: list[int]
+    misses: list[int]
+    """Candidates that were in no slot."""
+    nbytes_moved: int = 0
+    """From host memory to the device."""
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of candidates that were in a slot."""
+        share_missed = _ratio(sum(self.misses), sum(self.candidates))
+        return None if share_missed is None else 1 - share_missed
+
+    @property
+    def hit_rates(self) -> list[float | None]:
+        """The same by layer."""
+        return [1 - n_misses / n if n else None for n, n_misses in zip(self.candidates, self.misses, strict=True)]
+
+
+@dataclass
 class StepCounts:
     """Sums over layer steps. One layer step is one layer's MLP in one forward pass."""
 
@@ -32,6 +54,8 @@ class StepCounts:
     """What live sampling found; nothing in prompts."""
     fetches: FetchCounts | None = None
     """What reading them cost; None where all bundles are resident."""
+    device: DeviceCounts | None = None
+    """None where bundles are computed in host memory."""
 
     @property
     def candidate_share(self) -> float | None:

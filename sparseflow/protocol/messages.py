@@ -14,6 +14,7 @@ its epoch, a random number of this run of it.
     line      Join                        ->    nothing; ErrorReply if there is no such session
               AcquireNeurons              ->    NeuronsReady, once all are in the arena; or ErrorReply
               HintNeurons, ReleaseLeases  ->    nothing
+              those of `device_messages`, where the inference process has a GPU
     ctl       StatusRequest               ->    StatusReply
 
 Neuron ids and slots travel as little-endian uint32, ids ascending without repeats.
@@ -21,6 +22,8 @@ Neuron ids and slots travel as little-endian uint32, ids ascending without repea
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from sparseflow.protocol.device_messages import DeviceMessage
 
 PROTOCOL_VERSION = 2
 
@@ -232,4 +235,5 @@ Message = (
     | NeuronsReady
     | StatusReply
     | ErrorReply
+    | DeviceMessage
 )

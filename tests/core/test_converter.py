@@ -5,6 +5,7 @@ import random
 import re
 import resource
 import shutil
+import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,6 +267,54 @@ def test_disk_large_enough_for_what_is_left_to_write_suffices(
             made(checkpoint, place)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: DiskUsage(2**30, 2**30 - 2**24, 2**24))
     assert made(checkpoint, place) == place
+
+
+class InMemory(Checkpoint):
+    """A checkpoint that several threads may read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._weights = tensors_in(folder / "model.safetensors")
+
+    def tensor(self, name: str) -> Tensor:
+        return self._weights[f"model.{name}"]
+
+
+class TestSeveralThreads:
+    @pytest.mark.parametrize("n_threads", [2, 16])
+    def test_give_the_store_that_one_gives(self, n_threads: int, checkpoint: Path, place: Path) -> None:
+        expected = Manifest.load(made(checkpoint, place))
+        store = convert(InMemory(checkpoint), place.with_name("other"), quiet=True, n_threads=n_threads)
+        assert Manifest.load(store) == expected
+        for name, entry in expected.files.items():
+            check_content(store, name, entry)
+
+    def test_end_with_the_error_of_the_first_that_fails(self, checkpoint: Path, place: Path) -> None:
+        change_weights(checkpoint, set_value(FC2, float("nan")))
+        before = threading.active_count()
+        with pytest.raises(UnsupportedModel, match=r"layer 1 fc1 and fc2 holds NaN"):
+            convert(InMemory(checkpoint), place, quiet=True, n_threads=3)
+        assert threading.active_count() == before
+        assert list(place.parent.iterdir()) == []
+
+    def test_keep_what_was_finished_before_a_kill(
+        self, checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = InMemory(checkpoint)
+
+        def killed(name: str) -> Tensor:
+            if name == FC2.removeprefix("model."):
+                raise KeyboardInterrupt
+            return InMemory.tensor(source, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "tensor", killed)
+            with pytest.raises(KeyboardInterrupt):
+                convert(source, place, quiet=True, n_threads=2)
+        finished = place.with_name("store.partial") / DENSE_NAME
+        written_ns = finished.stat().st_mtime_ns
+        store = convert(source, place, quiet=True, n_threads=2)
+        assert (store / DENSE_NAME).stat().st_mtime_ns == written_ns
 
 
 @pytest.fixture

@@ -4,19 +4,33 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from child_process import run_python
+from opt_family import tensors_in
 from torch import Tensor
 from transformers import OPTForCausalLM
 
+from sparseflow.calibration import activity_statistics
+from sparseflow.calibration.activations import LayerActivity
+from sparseflow.calibration.cuts import RECALLS
+from sparseflow.calibration.layer_fit import LayerFitter
+from sparseflow.cli.main import main as sparseflow
+from sparseflow.core import torch_codes
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.converter import convert
-from sparseflow.store.manifest import DENSE_NAME, MANIFEST_NAME, Manifest
+from sparseflow.core.weight_manager import DiskWeightStore
+from sparseflow.engine import budgets
+from sparseflow.kernels.bounds import CodedRows, Margin, Scorer
+from sparseflow.models.opt_sparse import SparseOPTForCausalLM
+from sparseflow.orchestration.calibrated_predictor import calibrated_predictor, calibration_of
+from sparseflow.store.codes import Codes, code_layer, layer_dither
+from sparseflow.store.manifest import DENSE_NAME, MANIFEST_NAME, Manifest, predictor_name, shard_name
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_synthetic_opt.py"
 LAYERS, FFN = 4, 512  # of the preset
@@ -139,7 +153,7 @@ class TestFolder:
     def test_failed_run_leaves_nothing(
         self, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def interrupted(*_: object) -> None:
+        def interrupted(*_: object, **_records: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(script, "calibrate", interrupted)
@@ -247,6 +261,180 @@ class TestStore:
         assert int(run) < limit, f"{int(run) / 2**20:.0f} MiB of {limit / 2**20:.0f}"
 
 
+@pytest.fixture(scope="module")
+def calibrated(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the same arguments with a profile. To be read only."""
+    return make(script, tmp_path_factory.mktemp("calibrated") / "tiny", "--store", "--calibrate")
+
+
+def fresh_generator() -> torch.Generator:
+    """pytest shows the seed beside a failure."""
+    generator = torch.Generator()
+    print(f"seed {generator.seed()}")
+    return generator
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """A layer of fresh random numbers, and tokens; not of the preset's sizes, nor of whole groups."""
+
+    rows: CodedRows
+    weight: Tensor
+    x: Tensor
+    active: Tensor
+
+
+@pytest.fixture
+def layer() -> CodedLayer:
+    generator = fresh_generator()
+    hidden, ffn, n_tokens = 200, 90, 320
+    weight = torch.randn(ffn, hidden, generator=generator) / hidden**0.5
+    bias = torch.linspace(-2, 0.3, ffn)
+    x = torch.randn(n_tokens, hidden, generator=generator)
+    dither = torch.from_numpy(layer_dither(hidden, 0))
+    rows = CodedRows(dither, bias=bias, **torch_codes.code_layer(weight, dither)._asdict())
+    return CodedLayer(rows, weight, x, torch.addmm(bias, x, weight.T) > 0)
+
+
+FAILURE_PROBABILITY = 1e-9
+
+
+class TestProfile:
+    def test_makes_nothing_else_of_the_store(self, store: Path, calibrated: Path) -> None:
+        plain, profiled = (Manifest.load(place) for place in (store, calibrated))
+        assert plain.weights_fingerprint == profiled.weights_fingerprint
+        added = {"profile.json", *(f"predictors/calibrated-{layer:03d}.safetensors" for layer in range(LAYERS))}
+        assert profiled.files.keys() - plain.files.keys() == added
+        assert {name: profiled.files[name] for name in plain.files} == plain.files
+        assert [path.name for path in calibrated.parent.iterdir()] == ["tiny"]
+
+    def test_verifies(self, calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert sparseflow(["verify", str(calibrated)]) == 0
+        assert "18 of 18 files" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("fidelity", ["calibrated", "calibrated:0.9:coarse", "exact"])
+    def test_store_generates(self, calibrated: Path, fidelity: str) -> None:
+        model = SparseOPTForCausalLM.from_pretrained(calibrated, fidelity=fidelity)
+        try:
+            assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False).shape == (1, 11)
+        finally:
+            model.close()
+
+    @pytest.mark.parametrize("kind", ["coarse", "codes"])
+    @pytest.mark.parametrize("recall", [0.9, 0.99])
+    def test_fresh_tokens_have_the_recall(
+        self, calibrated: Path, model: OPTForCausalLM, kind: str, recall: float
+    ) -> None:
+        inputs: list[Tensor] = []
+        hooks = [
+            layer.fc1.register_forward_pre_hook(lambda _fc1, args: inputs.append(args[0]))
+            for layer in model.model.decoder.layers
+        ]
+        fired = firing(model, fresh_ids(model, n_texts=64)).flatten(1, 2)  # (layers, tokens, ffn)
+        for hook in hooks:
+            hook.remove()
+        with DiskWeightStore(calibrated).initialize_from_pretrained() as source:
+            calibration = calibration_of(source)
+            assert calibration is not None
+            predictor = calibrated_predictor(source, calibration, recall, kind)
+            for layer, x in enumerate(inputs):
+                chosen = predictor.bounds(layer, x.contiguous()) > 0
+                found = chosen[fired[layer]].double().mean().item()
+                assert 1 - found == pytest.approx(1 - recall, rel=0.35), layer
+                record = calibration.layers[layer].predictors[kind]
+                share = np.interp(recall, RECALLS, record.candidate_shares)
+                assert chosen.double().mean().item() == pytest.approx(share, rel=0.1), layer
+
+    def test_bounds_are_those_of_the_kernel(self, script: ModuleType, layer: CodedLayer) -> None:
+        scores = script.PlaneScores.of(layer.rows, layer.x, FAILURE_PROBABILITY)
+        for cut in (-0.7, 0.0, 1.0):
+            first = scores.coarse + cut * scores.coarse_margin
+            second = scores.fine + cut * scores.fine_margin
+            for planes, expected in ((1, first), (2, torch.where(first <= 0, first, second))):
+                bounds, _ = Scorer(layer.rows, Margin.EXACT, FAILURE_PROBABILITY, cut, planes).bounds(layer.x)
+                found = torch.from_numpy(bounds)
+                close = torch.isclose(found, expected, rtol=1e-5, atol=2e-5)
+                at_the_edge = first.abs() < 2e-5  # where one of them may take the other plane
+                assert (close | at_the_edge).all()
+
+    def test_records_are_those_of_sparseflow_calibrate(
+        self, script: ModuleType, layer: CodedLayer, calibrated: Path
+    ) -> None:
+        n_training = 100
+        packed = np.packbits(layer.active.numpy(), axis=1)
+        activity = LayerActivity(layer.x, packed, layer.weight, layer.rows.bias)
+        profile = Manifest.load(calibrated).profile
+        fitter = LayerFitter(
+            profile, activity, n_training, 0.99, epochs=0, keeps_all=False, codes_only=True, quiet=True
+        )
+        expected = fitter.fit(layer.rows, FAILURE_PROBABILITY, [], 0).records
+        heldout = slice(n_training, None)
+        scores = script.PlaneScores.of(layer.rows, layer.x[heldout], FAILURE_PROBABILITY)
+        found = script.code_records(layer.rows, scores, layer.active[heldout])
+        assert found.keys() == expected.keys()
+        pair = 1 / layer.active[heldout].numel()
+        for kind, record in expected.items():
+            assert found[kind].rank is None
+            np.testing.assert_allclose(found[kind].cuts, record.cuts, atol=1e-3)
+            np.testing.assert_allclose(found[kind].nbytes, record.nbytes, rtol=1e-3)
+            np.testing.assert_allclose(found[kind].candidate_shares, record.candidate_shares, atol=3 * pair)
+            np.testing.assert_allclose(found[kind].found, record.found, atol=3 / layer.active[heldout].sum())
+
+    @pytest.mark.parametrize("is_silent", [False, True])
+    def test_statistics_are_those_of_sparseflow_calibrate(
+        self, script: ModuleType, layer: CodedLayer, is_silent: bool
+    ) -> None:
+        active = layer.active & (not is_silent)
+        activity = LayerActivity(layer.x, np.packbits(active.numpy(), axis=1), layer.weight, layer.rows.bias)
+        assert script.layer_statistics(active, 32) == activity_statistics.layer_statistics(activity, 32)
+
+    def test_layer_that_never_fires_has_records(self, script: ModuleType, layer: CodedLayer) -> None:
+        scores = script.PlaneScores.of(layer.rows, layer.x, FAILURE_PROBABILITY)
+        records = script.code_records(layer.rows, scores, torch.zeros_like(layer.active))
+        assert list(records["codes"].found) == [1.0] * len(RECALLS)
+        assert list(records["coarse"].candidate_shares) == [0.0] * len(RECALLS)
+
+    @pytest.mark.parametrize("n_tokens", [1, 9, 700])
+    def test_miss_curve_is_that_of_the_engine(self, script: ModuleType, n_tokens: int) -> None:
+        active = torch.rand(n_tokens, 75, generator=fresh_generator()) < 0.1
+        assert script.miss_curve(active) == budgets.miss_curve(active.numpy(), 75).tolist()
+
+    def test_folder_has_none(self, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert script.main(["--preset", "tiny", "--out", str(tmp_path / "tiny"), "--calibrate"]) == 2
+        assert "give --store as well" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+class TestDevice:
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_gpu_that_is_not_there_is_a_bad_request(
+        self, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert script.main(["--preset", "tiny", "--out", str(tmp_path / "tiny"), "--device", "cuda"]) == 2
+        assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_gpu_makes_a_model_of_the_same_statistics(self, script: ModuleType, tmp_path: Path) -> None:
+        place = make(script, tmp_path / "tiny", "--store", "--calibrate", "--device", "cuda")
+        assert sparseflow(["verify", str(place)]) == 0
+        with DiskWeightStore(place).initialize_from_pretrained() as source:
+            calibration = calibration_of(source)
+            assert calibration is not None
+            shares = [layer.active_share for layer in calibration.layers]
+            assert shares == pytest.approx([0.01, 0.0215, 0.0464, 0.1], rel=0.1)
+            for layer in range(LAYERS):  # codes made on the GPU are numpy's of the weights as stored
+                weight = tensors_in(place / shard_name(layer))["bundles"][:, 0].float().numpy()
+                parts = zip(*code_layer(weight, layer_dither(128, layer)), strict=True)
+                stored = tensors_in(place / predictor_name(layer))
+                for name, part in zip(Codes._fields, parts, strict=True):
+                    np.testing.assert_allclose(stored[name].numpy(), np.concatenate(part), rtol=1e-6, err_msg=name)
+
+    def test_several_writers_give_the_same_store(self, script: ModuleType, store: Path, tmp_path: Path) -> None:
+        source = script.SyntheticCheckpoint(script.Recipe(script.PRESETS["tiny"]), tmp_path, "synthetic-tiny")
+        made = convert(source, tmp_path / "made", quiet=True, n_threads=4)
+        assert Manifest.load(made) == Manifest.load(store)
+
+
 @pytest.mark.parametrize("form", [[], ["--store"]])
 class TestArguments:
     def test_same_seed_same_bytes_and_another_others(
@@ -293,6 +481,7 @@ def test_presets_have_the_published_shapes_and_go_by_either_name(script: ModuleT
 def test_identity_follows_every_argument(script: ModuleType, tmp_path: Path) -> None:
     recipe = script.Recipe(script.PRESETS["tiny"])
     others = [replace(recipe, seed=1), replace(recipe, dtype="float32"), replace(recipe, n_calibration_texts=64)]
+    others += [replace(recipe, device="cuda")] if torch.cuda.is_available() else []
     others.append(replace(recipe, shape=replace(recipe.shape, heads=8)))
     identities = [script.SyntheticCheckpoint(each, tmp_path, "any").identity() for each in (recipe, *others)]
     assert len({json.dumps(identity) for identity in identities}) == len(identities)

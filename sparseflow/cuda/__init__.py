@@ -1,0 +1,1 @@
+"""The GPU's driver without torch: page-locking, memory and events of several processes, and trials of both."""

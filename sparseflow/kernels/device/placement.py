@@ -1,0 +1,126 @@
+"""Device slots of one layer, with all bookkeeping on the device: who lies where, and who goes when others come.
+
+One program goes over a layer's candidates, lists them, finds those without a slot, and gives them the slots of the
+neurons that were least used of late. A use counts `_USE`; a count is halved with every `HALVING_STEPS` layer steps (so
+it is between one and two such periods that a use is remembered well); what the layer step uses itself stays. Counts
+are whole numbers: `Placement.place_ref` does the same in plain PyTorch, to the bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HALVING_STEPS = 32
+_USE = 16
+_MOST = 2 * _USE * HALVING_STEPS  # no count is larger
+_BITS = _MOST.bit_length()
+
+N_CANDIDATES, N_MISSES, N_PLACED = range(3)
+"""Places in `PlacedStep.counts`."""
+_N_COUNTS = 4
+N_STEPS, N_CHOSEN, N_MISSED = range(3)
+"""Places in `Placement.totals`."""
+N_TOTALS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedStep:
+    """What a layer step computes, and what it has to move first. All int32; shared by the layers of a model.
+
+    ids: (ffn_dim,) candidates, ascending. slots: (ffn_dim,), where each lies or will lie once it was moved; -1 - k for
+    the k-th missing where it has no slot. missing_at: (ffn_dim,), where in `ids` each missing one stands. places:
+    (ffn_dim,), slots of those that got one, the first N_PLACED of the missing. told: how much of these is set (`counts`)
+    and the missing ones (`missing`), ascending, together, so that one copy tells them to the host.
+    """
+
+    ids: Tensor
+    slots: Tensor
+    missing_at: Tensor
+    places: Tensor
+    told: Tensor
+
+    @classmethod
+    def empty(cls, n_neurons: int, device: torch.device) -> "PlacedStep":
+        """For a layer of so many neurons."""
+        lists = torch.zeros(4, n_neurons, dtype=torch.int32, device=device)
+        return cls(*lists, torch.zeros(_N_COUNTS + n_neurons, dtype=torch.int32, device=device))
+
+    @property
+    def counts(self) -> Tensor:
+        """(3,): N_CANDIDATES, N_MISSES, N_PLACED."""
+        return self.told[:3]
+
+    @property
+    def missing(self) -> Tensor:
+        """(ffn_dim,): candidates that had no slot."""
+        return self.told[_N_COUNTS:]
+
+
+class Placement:
+    """Which neurons of one layer lie in which of its device slots."""
+
+    def __init__(self, n_neurons: int, n_slots: int, device: torch.device, totals: Tensor | None = None) -> None:
+        """totals: (N_TOTALS,) int64 on the device, to which layer steps, candidates and missing ones are added."""
+        self.n_neurons, self.n_slots = n_neurons, n_slots
+        self.slot_of = torch.full((n_neurons,), -1, dtype=torch.int32, device=device)
+        self.neuron_in = torch.full((n_slots,), -1, dtype=torch.int32, device=device)
+        self.uses = torch.zeros(n_neurons, dtype=torch.int32, device=device)
+        self.stamp = torch.zeros(n_neurons, dtype=torch.int32, device=device)
+        self.clock = torch.zeros(1, dtype=torch.int32, device=device)
+        """Layer steps so far."""
+        self.totals = torch.zeros(N_TOTALS, dtype=torch.int64, device=device) if totals is None else totals
+
+    def place(self, mask: Tensor, step: PlacedStep, first: int = 0, end: int = 2**31 - 1) -> None:
+        """List the candidates of a layer step, and give those without a slot one, as far as there are others to go.
+
+        Args:
+            mask: (n_tokens, ffn_dim) int8, 1 for a candidate.
+            step: to be filled.
+            first, end: of all candidates, in ascending order, those of this range only.
+        """
+        import triton
+
+        from sparseflow.kernels.device.place_kernel import place
+
+        place[(1,)](
+            mask, self.slot_of, self.uses, self.stamp, self.neuron_in,
+            step.ids, step.slots, step.missing, step.missing_at, step.places, step.counts, self.clock, self.totals,
+            len(mask), self.n_neurons, self.n_slots, first, end,
+            BLOCK=min(4096, triton.next_power_of_2(self.n_neurons)), SLOTS=triton.next_power_of_2(self.n_slots),
+            HALVING_STEPS=HALVING_STEPS, USE=_USE, MOST=_MOST, BITS=_BITS, num_warps=16,
+        )  # fmt: skip
+
+    def place_ref(self, mask: Tensor, step: PlacedStep, first: int = 0, end: int = 2**31 - 1) -> None:
+        """The same in plain PyTorch, on any device."""
+        now = int(self.clock) + 1
+        ids = mask.any(0).nonzero().flatten()[first:end]
+        slots = self.slot_of[ids]
+        missing_at = (slots < 0).nonzero().flatten()
+        missing = ids[missing_at]
+        slots[missing_at] = -1 - torch.arange(len(missing), dtype=torch.int32, device=ids.device)
+        self.uses[ids] = (self._halved(ids, now) + _USE).clamp_max(_MOST)
+        self.stamp[ids] = now
+        is_full = self.neuron_in >= 0
+        before = self.neuron_in.clamp_min(0).long()
+        worth = torch.where(is_full, 1 + self._halved(before, now), 0)
+        may_go = (~is_full | (self.stamp[before] != now)).nonzero().flatten()
+        n_placed = min(len(missing), len(may_go))
+        going = may_go[torch.sort(worth[may_go], stable=True).indices[:n_placed]].sort().values
+        victims = self.neuron_in[going]
+        self.slot_of[victims[victims >= 0].long()] = -1
+        self.neuron_in[going] = missing[:n_placed].int()
+        self.slot_of[missing[:n_placed]] = going.int()
+        slots[missing_at[:n_placed]] = going.int()
+        for filled, values in zip(
+            (step.ids, step.slots, step.missing, step.missing_at, step.places),
+            (ids, slots, missing, missing_at, going), strict=True,
+        ):  # fmt: skip
+            filled[: len(values)] = values
+        step.counts[:] = torch.tensor([len(ids), len(missing), n_placed], dtype=torch.int32)
+        self.clock.fill_(now)
+        self.totals += torch.tensor([1, len(ids), len(missing)], device=self.totals.device)
+
+    def _halved(self, neurons: Tensor, step: int) -> Tensor:
+        periods = step // HALVING_STEPS - self.stamp[neurons] // HALVING_STEPS
+        return self.uses[neurons] >> periods.clamp_max(31)

@@ -1,0 +1,260 @@
+"""Which neurons can be active, on a GPU: the bounds of `kernels/bounds.py`, whose `upper_bounds_ref` is the slow twin.
+
+With a coarse code from -8 to 7 named Q, a fine one F, and x^ the quantised token of `token_codes`, a score is
+
+    sum_g s_g (16 step_g sum_j Q_j c_j + sum_j (8 - u_j) x^_j)   on the coarse plane, and on the fine one besides
+    sum_g s_g (step_g sum_j F_j c_j + sum_j x^_j / 2)            as  q + 1/2 - u = 16 Q + (8 - u) + F + 1/2.
+
+The sums over j of whole numbers are exact: a thread adds 32 products, below 2^23 in all, before it makes a float of
+them. Apart from that, float32 gives each sum of n roundings at most n 2^-24 times the sum of its terms' sizes. A group's row
+is at least 112 steps long (see `store.codes`), so over all rows 16 Q s is at most 1 + 16 sqrt(128) / 112 < 2.62 times as long
+as w^, the dither's part at most 1.62, F s at most 0.81 and s / 2 at most 0.06, each times ||w^||. All terms see one
+rounding for their product, one for each group and at most 31 where lanes add up, and 3 in the end; the dither's also at
+most GROUP + 4 in `token_codes`. With ||x^|| <= 1.001 ||x||, 2 roundings of x - x^, and each of these a little more:
+
+    error <= 2^-24 (5.2 (n_groups + 40) + 1.7 (GROUP + 4)) ||w^|| ||x||    beside  ||w^|| ||x - x^||.
+
+Norms and margins are sums of at most GROUP + n_groups squares, and carry a factor over their rounding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseflow.kernels.bounds import CodedRows, Margin
+from sparseflow.kernels.device import token_codes
+from sparseflow.kernels.device.token_codes import GROUP_WORDS, PARTS, TokenSums
+from sparseflow.store.codes import DITHER_UNIT, FINE_STEPS, GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the kernel is cut. rows: of a program. open_rows: of the fine plane, read at once. words: of a row, at once.
+
+    registers: the most that a thread may have; None: as the compiler sees fit.
+    """
+
+    rows: int = 32
+    open_rows: int = 8
+    words: int = 128
+    warps: int = 4
+    registers: int | None = None
+
+
+SHAPE = Shape()
+
+_MARGIN_SLACK = 1 + 2.0**-16  # over the float32 rounding of margins, norms and their square roots
+_BIAS_SLACK = tl.constexpr(2.0**-22)
+# Squares s^2 ||x_g||^2 below the least normal float32 may come out as 0: of 1000 groups 3.5e-18, times the largest factor
+# of a margin; a pre-activation this near to 0 is a candidate.
+_UNDERFLOW_SLACK = tl.constexpr(1e-15)
+
+
+@triton.jit
+def _dots(words, high_even, high_odd, low_even, low_odd, start, USES_DP4A: tl.constexpr):
+    """start + sum of code times c over each word's eight codes, exact. All int32, as `token_codes` packs them."""
+    if USES_DP4A:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 even, odd, high, low;
+            and.b32 even, $1, 0x0F0F0F0F;
+            shr.u32 odd, $1, 4;
+            and.b32 odd, odd, 0x0F0F0F0F;
+            dp4a.u32.s32 high, even, $2, 0;
+            dp4a.u32.s32 high, odd, $3, high;
+            dp4a.u32.u32 low, even, $4, $6;
+            dp4a.u32.u32 low, odd, $5, low;
+            mad.lo.s32 $0, high, 256, low;
+            }""",
+            "=r,r,r,r,r,r,r",
+            [words, high_even, high_odd, low_even, low_odd, start],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    total = tl.zeros_like(words) + start
+    for place in tl.static_range(4):
+        even = (high_even << (24 - 8 * place) >> 24 << 8) + (low_even >> 8 * place & 255)
+        odd = (high_odd << (24 - 8 * place) >> 24 << 8) + (low_odd >> 8 * place & 255)
+        total += (words >> 8 * place & 15) * even + (words >> 8 * place + 4 & 15) * odd
+    return total
+
+
+@triton.jit
+def _weigh(
+    plane_ptr, scales_ptr, codes_ptr, steps_ptr, offsets_ptr, row, STEPS: tl.constexpr, N_GROUPS: tl.constexpr,
+    WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr, USES_DP4A: tl.constexpr,
+):  # fmt: skip
+    """(rows,): what a plane adds to the score. STEPS: of the row, in a unit of the plane's codes."""
+    N_WORDS: tl.constexpr = N_GROUPS * GROUP_WORDS
+    N_PARTS: tl.constexpr = WORDS // (GROUP_WORDS // PARTS)
+    total = tl.zeros([row.shape[0], N_PARTS], tl.float32)
+    for first in tl.static_range(0, N_WORDS, WORDS):
+        word = first + tl.arange(0, WORDS)
+        group = (first + tl.arange(0, N_PARTS) * (GROUP_WORDS // PARTS)) // GROUP_WORDS
+        place = row[:, None] * N_WORDS + word[None, :]
+        scale_place = row[:, None] * N_GROUPS + group[None, :]
+        if first + WORDS <= N_WORDS:
+            words = tl.load(plane_ptr + place)
+            scale = tl.load(scales_ptr + scale_place)
+        else:
+            words = tl.load(plane_ptr + place, mask=(word < N_WORDS)[None, :], other=0)
+            scale = tl.load(scales_ptr + scale_place, mask=(group < N_GROUPS)[None, :], other=0.0)
+        x = codes_ptr + word
+        high_even = tl.load(x, mask=word < N_WORDS, other=0)[None, :]
+        high_odd = tl.load(x + N_WORDS, mask=word < N_WORDS, other=0)[None, :]
+        low_even = tl.load(x + 2 * N_WORDS, mask=word < N_WORDS, other=0)[None, :]
+        low_odd = tl.load(x + 3 * N_WORDS, mask=word < N_WORDS, other=0)[None, :]
+        start = tl.load(x + 4 * N_WORDS, mask=word < N_WORDS, other=0)[None, :]
+        dots = _dots(words, high_even, high_odd, low_even, low_odd, start, USES_DP4A)
+        parts = tl.sum(tl.reshape(dots, [row.shape[0], N_PARTS, GROUP_WORDS // PARTS]), 2).to(tl.float32)
+        step = tl.load(steps_ptr + group, mask=group < N_GROUPS, other=0.0) * STEPS
+        offset = tl.load(offsets_ptr + group, mask=group < N_GROUPS, other=0.0)
+        total += scale * (parts * step[None, :] + offset[None, :])
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _bound(
+    score, width, row, bias_ptr, norms_ptr, errors_ptr, token_norm, residual, factor, threshold, float_unit,
+    IS_EXACT: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """(rows,): the bound of each row on the plane whose codes are so many steps apart."""
+    bias = tl.load(bias_ptr + row)
+    norm = tl.load(norms_ptr + row)
+    slack = norm * (token_norm * float_unit + residual) + tl.abs(bias) * _BIAS_SLACK
+    slack += tl.where(norm > 0, _UNDERFLOW_SLACK, 0.0)
+    if IS_EXACT:
+        margin = factor * STEPS * width
+    else:
+        margin = factor * token_norm * tl.load(errors_ptr + row)
+    return bias + score + threshold * (margin + slack)
+
+
+@triton.jit
+def _is_settled(bound):
+    """NaN and overflow stay candidates."""
+    return (bound <= 0) & (bound > float("-inf"))
+
+
+@triton.jit
+def _pick(values, is_kth):
+    """(k,) of (rows,): the value where is_kth, (k, rows), is set."""
+    return tl.sum(tl.where(is_kth, values[None, :], 0), 1)
+
+
+@triton.jit
+def _bound_rows(
+    codes_ptr, steps_ptr, squares_ptr, coarse_offsets_ptr, fine_offsets_ptr, token_norms_ptr,
+    coarse_ptr, fine_ptr, scales_ptr, bias_ptr, norms_ptr, coarse_errors_ptr, fine_errors_ptr,
+    mask_ptr, bounds_ptr, n_fine_rows_ptr, n_neurons, factor, threshold, float_unit,
+    IS_EXACT: tl.constexpr, PLANES: tl.constexpr, KEEP_BOUNDS: tl.constexpr, USES_DP4A: tl.constexpr,
+    ROWS: tl.constexpr, OPEN_ROWS: tl.constexpr, WORDS: tl.constexpr, N_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+    N_CODES: tl.constexpr, GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr, FINE_STEPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < n_neurons
+    row = tl.minimum(row, n_neurons - 1)  # loads need no mask then
+    codes_ptr += token * (N_CODES * N_GROUPS * GROUP_WORDS)
+    first = token * N_GROUPS
+    mask_ptr += token * n_neurons
+    bounds_ptr += token * n_neurons
+    token_norm = tl.load(token_norms_ptr + 2 * token)
+    residual = tl.load(token_norms_ptr + 2 * token + 1)
+    width = tl.zeros([ROWS], tl.float32)
+    if IS_EXACT:
+        group = tl.arange(0, GROUPS)
+        place = row[:, None] * N_GROUPS + group[None, :]
+        scales = tl.load(scales_ptr + place, mask=(group < N_GROUPS)[None, :], other=0.0)
+        squares = tl.load(squares_ptr + first + group, mask=group < N_GROUPS, other=0.0)
+        width = tl.sqrt(tl.sum(scales * scales * squares[None, :], 1))
+    score = _weigh(
+        coarse_ptr, scales_ptr, codes_ptr, steps_ptr + first, coarse_offsets_ptr + first, row,
+        FINE_STEPS, N_GROUPS, WORDS, GROUP_WORDS, PARTS, USES_DP4A,
+    )  # fmt: skip
+    bound = _bound(
+        score, width, row, bias_ptr, norms_ptr, coarse_errors_ptr, token_norm, residual, factor, threshold, float_unit,
+        IS_EXACT, FINE_STEPS,
+    )  # fmt: skip
+    is_open = is_row & ~_is_settled(bound)
+    if PLANES == 1:
+        tl.store(mask_ptr + row, is_open.to(tl.int8), mask=is_row)
+        if KEEP_BOUNDS:
+            tl.store(bounds_ptr + row, bound, mask=is_row)
+    else:
+        tl.store(mask_ptr + row, tl.zeros([ROWS], tl.int8), mask=is_row & ~is_open)
+        if KEEP_BOUNDS:
+            tl.store(bounds_ptr + row, bound, mask=is_row & ~is_open)
+        opened = is_open.to(tl.int32)
+        rank = tl.cumsum(opened, 0)  # counts from 1
+        n_open = tl.sum(opened, 0)
+        if n_open > 0:
+            tl.atomic_add(n_fine_rows_ptr, n_open.to(tl.int64))
+        for k in range(0, n_open, OPEN_ROWS):
+            nth = tl.minimum(k + 1 + tl.arange(0, OPEN_ROWS), n_open)  # beyond the last, the last once more
+            is_nth = is_open[None, :] & (rank[None, :] == nth[:, None])
+            fine_row = _pick(row, is_nth)
+            fine_score = _pick(score, is_nth) + _weigh(
+                fine_ptr, scales_ptr, codes_ptr, steps_ptr + first, fine_offsets_ptr + first, fine_row,
+                1, N_GROUPS, WORDS, GROUP_WORDS, PARTS, USES_DP4A,
+            )  # fmt: skip
+            fine_bound = _bound(
+                fine_score, _pick(width, is_nth), fine_row, bias_ptr, norms_ptr, fine_errors_ptr, token_norm, residual,
+                factor, threshold, float_unit, IS_EXACT, 1,
+            )  # fmt: skip
+            tl.store(mask_ptr + fine_row, (~_is_settled(fine_bound)).to(tl.int8))
+            if KEEP_BOUNDS:
+                tl.store(bounds_ptr + fine_row, fine_bound)
+
+
+class DeviceScorer:
+    """Bounds of one layer's neurons for up to `n_tokens` tokens, on the device where the codes lie."""
+
+    def __init__(
+        self, rows: CodedRows, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
+    ) -> None:
+        """As `kernels.bounds.candidates` is told. With one plane `rows.fine` may be empty."""
+        self.rows, self.planes = rows, planes
+        self.n_neurons, self.n_groups = rows.scales.shape
+        self._coarse, self._fine = rows.coarse.view(torch.int32), rows.fine.view(torch.int32)
+        self._is_exact = margin is Margin.EXACT
+        n_columns = self.n_groups * GROUP
+        exact = math.sqrt(math.log(2 / failure_probability) / 6) + DITHER_UNIT * math.sqrt(n_columns)
+        self._factor = (exact if self._is_exact else 1.0) * _MARGIN_SLACK
+        self._threshold = threshold
+        self._float_unit = (5.2 * (self.n_groups + 40) + 1.7 * (GROUP + 4)) * 2.0**-24
+        self._uses_dp4a = not triton.knobs.runtime.interpret
+
+    def sum_tokens(self, x: Tensor, sums: TokenSums) -> None:
+        """Fill `sums`. x: (n_tokens, hidden) float32, contiguous."""
+        token_codes.sum_tokens(x, self.rows.dither, sums)
+
+    def select(
+        self, x: Tensor, sums: TokenSums, mask: Tensor, n_fine_rows: Tensor, bounds: Tensor | None = None
+    ) -> None:
+        """Say which neurons are candidates.
+
+        Args:
+            x, sums: as `sum_tokens` has them.
+            mask: (n_tokens, ffn_dim) int8, to be filled: 1 for a candidate.
+            n_fine_rows: (1,) int64, to which the rows of the fine plane read are added.
+            bounds: (n_tokens, ffn_dim) float32, to be filled with the last bound of each neuron; None: not wanted.
+        """
+        rows, shape = self.rows, SHAPE
+        options = {} if shape.registers is None else {"maxnreg": shape.registers}
+        _bound_rows[(triton.cdiv(self.n_neurons, shape.rows), len(x))](
+            sums.codes, sums.steps, sums.squares, sums.coarse_offsets, sums.fine_offsets, sums.norms,
+            self._coarse, self._fine, rows.scales, rows.bias, rows.norms, rows.coarse_error_norms, rows.fine_error_norms,
+            mask, mask if bounds is None else bounds, n_fine_rows, self.n_neurons,
+            self._factor, self._threshold, self._float_unit,
+            IS_EXACT=self._is_exact, PLANES=self.planes, KEEP_BOUNDS=bounds is not None, USES_DP4A=self._uses_dp4a,
+            ROWS=shape.rows, OPEN_ROWS=shape.open_rows,
+            WORDS=min(shape.words, triton.next_power_of_2(self.n_groups * GROUP_WORDS)), N_GROUPS=self.n_groups,
+            GROUPS=triton.next_power_of_2(self.n_groups), N_CODES=token_codes.N_CODES, GROUP_WORDS=GROUP_WORDS,
+            PARTS=PARTS, FINE_STEPS=FINE_STEPS, num_warps=shape.warps, **options,
+        )  # fmt: skip

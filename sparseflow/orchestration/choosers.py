@@ -1,0 +1,108 @@
+"""Choosing neurons where the tokens are: predictors of a layer whose weights lie on a device and whose answer stays there.
+
+An answer is a mask, (n_tokens, ffn_dim) int8, 1 for a candidate of that token.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparseflow.kernels.bounds import CodedRows, Margin
+from sparseflow.orchestration.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from sparseflow.orchestration.neuron_predictor import LayerPredictor
+
+
+class Chooser(Protocol):
+    """Chooses neurons of one layer."""
+
+    nbytes: int
+    """What it keeps on the device."""
+    pass_nbytes: int
+    """What it reads for each call, at least."""
+
+    def choose(self, x: Tensor, mask: Tensor) -> None:
+        """Fill the mask. x: (n_tokens, hidden) float32, contiguous. Does not wait for the device."""
+        ...
+
+    def take_nbytes_beyond(self) -> int:
+        """What calls have read beyond that since this was asked last. Waits for the device."""
+        ...
+
+
+class ChooserByCodes:
+    """All neurons whose upper bound, from codes of fc1, is not at most 0."""
+
+    def __init__(
+        self,
+        rows: CodedRows,
+        margin: Margin,
+        failure_probability: float,
+        threshold: float,
+        planes: int,
+        device: torch.device,
+    ) -> None:
+        """As `kernels.bounds.candidates` is told; rows are copied, without the fine plane where it is not read."""
+        from sparseflow.kernels.device.scoring import DeviceScorer, TokenSums
+
+        fine = rows.fine if planes > 1 else rows.fine[:0]
+        there = CodedRows(*(tensor.to(device) for tensor in rows._replace(fine=fine)))
+        self._scorer = DeviceScorer(there, margin, failure_probability, threshold, planes)
+        self._sums: TokenSums | None = None
+        self._make_sums = lambda n_tokens: TokenSums(n_tokens, self._scorer.n_groups, device)
+        self._n_fine_rows = torch.zeros(1, dtype=torch.int64, device=device)
+        self.pass_nbytes = there.nbytes_read(1, 0)
+        self.nbytes = sum(tensor.nbytes for tensor in there)
+
+    def choose(self, x: Tensor, mask: Tensor) -> None:
+        """As `Chooser.choose`."""
+        if self._sums is None or len(self._sums.norms) < len(x):
+            self._sums = self._make_sums(len(x))
+        self._scorer.sum_tokens(x, self._sums)
+        self._scorer.select(x, self._sums, mask, self._n_fine_rows)
+
+    def take_nbytes_beyond(self) -> int:
+        """As `Chooser.take_nbytes_beyond`: rows of the fine plane."""
+        n_rows = int(self._n_fine_rows)
+        self._n_fine_rows.zero_()
+        return self._scorer.rows.nbytes_read(0, n_rows)
+
+
+class ChooserByLowRank:
+    """All neurons whose score by a `LowRank` is not at most 0."""
+
+    def __init__(self, low_rank: LowRank, device: torch.device) -> None:
+        self._low_rank = low_rank.to(device)
+        self.nbytes = self.pass_nbytes = self._low_rank.nbytes
+
+    def choose(self, x: Tensor, mask: Tensor) -> None:
+        """As `Chooser.choose`."""
+        torch.logical_not(self._low_rank.scores(x) <= 0, out=mask)
+
+    def take_nbytes_beyond(self) -> int:
+        """As `Chooser.take_nbytes_beyond`."""
+        return 0
+
+
+class ChooserOnHost:
+    """A predictor of the CPU, for device slots that are kept on one."""
+
+    nbytes = 0
+    pass_nbytes = 0
+
+    def __init__(self, predictor: "LayerPredictor") -> None:
+        self._predictor = predictor
+        self._told = 0
+
+    def choose(self, x: Tensor, mask: Tensor) -> None:
+        """As `Chooser.choose`: for the first token, what any of them needs."""
+        mask.zero_()
+        mask[0, torch.from_numpy(self._predictor.select(x).astype(np.int64))] = 1
+
+    def take_nbytes_beyond(self) -> int:
+        """As `Chooser.take_nbytes_beyond`."""
+        told, self._told = self._told, self._predictor.nbytes_read
+        return self._told - told

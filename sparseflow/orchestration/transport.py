@@ -1,0 +1,164 @@
+"""How bundles come from host memory to a device.
+
+pull        the GPU reads host memory by itself, which is page-locked for that
+staging     where it cannot be page-locked: the CPU copies what is missing into a page-locked buffer, the GPU reads that
+host        the device is the CPU
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparseflow.core.weight_source import HostBundles, WeightSource
+from sparseflow.cuda.page_lock import PageLock, whole_pages
+from sparseflow.errors import DeviceError
+from sparseflow.kernels.device.ops import ReachableBundles
+
+
+class Transport(Protocol):
+    """Makes bundles of a source reachable."""
+
+    name: str
+    reason: str
+    """Why it is this one and not `pull`."""
+
+    def resident(self, bundles: Tensor) -> ReachableBundles | None:
+        """A layer that is all in host memory, read there; None: it has to be fetched."""
+        ...
+
+    def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
+        """What a fetch has brought, and, int32 on the device, which of these each of its bundles is."""
+        ...
+
+    def is_of(self, source: WeightSource) -> bool:
+        """Whether it still is of the memory that the source has."""
+        ...
+
+    def close(self) -> None:
+        """Before the source is closed. May be called twice."""
+        ...
+
+
+class Pull:
+    """The GPU reads page-locked memory."""
+
+    name = "pull"
+    reason = ""
+
+    def __init__(self, lock: PageLock, owner: object, device: torch.device) -> None:
+        """owner: what keeps the locked memory mapped."""
+        self._lock, self._owner, self._device = lock, owner, device
+
+    def resident(self, bundles: Tensor) -> ReachableBundles:
+        """As `Transport.resident`."""
+        return ReachableBundles(bundles, self._address(bundles))
+
+    def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
+        """As `Transport.fetched`."""
+        rows = torch.from_numpy(bundles.slots.astype("int32")).to(self._device)
+        return ReachableBundles(bundles.base, self._address(bundles.base)), rows
+
+    def is_of(self, source: WeightSource) -> bool:
+        """As `Transport.is_of`."""
+        memory = source.host_memory()
+        return memory is not None and memory.owner is self._owner
+
+    def close(self) -> None:
+        """As `Transport.close`."""
+        if self._lock.is_locked:
+            torch.cuda.synchronize(self._device)
+        self._lock.close()
+
+    def _address(self, bundles: Tensor) -> int:
+        base = self._lock.device_base
+        assert base is not None  # looked at before
+        return base + bundles.data_ptr() - self._lock.address
+
+
+class Staging:
+    """The CPU copies into a page-locked buffer, from which the GPU reads."""
+
+    name = "staging"
+
+    def __init__(self, reason: str, n_bundles: int, like: Tensor, device: torch.device) -> None:
+        """n_bundles: the most of a fetch. like: a bundle."""
+        self.reason = reason
+        self._device = device
+        shape = (n_bundles, *like.shape)
+        self._buffer = torch.empty(shape, dtype=like.dtype, pin_memory=device.type == "cuda")
+        self._rows = torch.arange(n_bundles, dtype=torch.int32, device=device)
+
+    def resident(self, bundles: Tensor) -> None:
+        """As `Transport.resident`: None."""
+
+    def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
+        """As `Transport.fetched`."""
+        n = len(bundles.slots)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # what the buffer held is read by now
+        torch.index_select(bundles.base, 0, torch.from_numpy(bundles.slots.astype("int64")), out=self._buffer[:n])
+        return ReachableBundles(self._buffer, self._buffer.data_ptr()), self._rows[:n]
+
+    def is_of(self, source: WeightSource) -> bool:
+        """As `Transport.is_of`."""
+        return True
+
+    def close(self) -> None:
+        """As `Transport.close`."""
+
+
+class OnHost:
+    """The device is the CPU."""
+
+    name = "host"
+    reason = "the device is the CPU"
+
+    def resident(self, bundles: Tensor) -> ReachableBundles:
+        """As `Transport.resident`."""
+        return ReachableBundles(bundles, bundles.data_ptr())
+
+    def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
+        """As `Transport.fetched`."""
+        rows = torch.from_numpy(bundles.slots.astype("int32"))
+        return ReachableBundles(bundles.base, bundles.base.data_ptr()), rows
+
+    def is_of(self, source: WeightSource) -> bool:
+        """As `Transport.is_of`."""
+        return True
+
+    def close(self) -> None:
+        """As `Transport.close`."""
+
+
+def open_transport(source: WeightSource, device: torch.device, n_staged: int) -> Transport:
+    """The best that works here. n_staged: the most bundles of a fetch, where they have to be staged."""
+    if device.type == "cpu":
+        return OnHost()
+    memory = source.host_memory()
+    profile = source.profile
+    reason = "the weights are mapped files, which drivers may not page-lock"
+    if memory is not None:
+        from sparseflow.cuda.driver import CudaDriver
+
+        try:
+            driver = CudaDriver(device.index or 0)
+            lock = PageLock(
+                driver,
+                memory.address,
+                whole_pages(memory.nbytes),
+                read_only=memory.is_read_only,
+                turn_path=Path(tempfile.gettempdir()) / f"sparseflow-page-lock-{os.getuid()}",
+            )
+        except DeviceError as error:
+            reason = str(error)
+        else:
+            if lock.is_locked and lock.device_base is not None:
+                return Pull(lock, memory.owner, device)
+            reason = lock.reason or "the device sees the page-locked memory in pieces"
+            lock.close()
+    bundle = torch.empty(profile.parts_per_bundle, profile.hidden_dimension, dtype=getattr(torch, profile.dtype))
+    return Staging(reason, n_staged, bundle, device)
