@@ -49,6 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--drain-timeout", type=float, default=default.drain_timeout_s, help="seconds that ending waits for leases"
     )
+    parser.add_argument(
+        "--gpu-timeout",
+        type=float,
+        default=default.gpu_timeout_s,
+        help="seconds that the server's child on a GPU may take for anything until it is ended",
+    )
     parser.add_argument("--detach", action="store_true", help="leave it running, and return once it is ready")
     return parser
 
@@ -80,6 +86,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         eviction=arguments.eviction,
         max_sessions=arguments.max_sessions,
         drain_timeout_s=arguments.drain_timeout,
+        gpu_timeout_s=arguments.gpu_timeout,
     )
     claim = Claim(RunDirectory.of(config.name))
     try:

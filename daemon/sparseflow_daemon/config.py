@@ -29,6 +29,8 @@ class ServerConfig:
     """Inference processes at once, for each model. Each can always lease its share of the arena."""
     drain_timeout_s: float = 5.0
     """How long ending waits for leases to come back."""
+    gpu_timeout_s: float = 10.0
+    """How long the server's child on a GPU may take for anything; then it is ended. To start, three times that."""
 
     def __post_init__(self) -> None:
         if not self.stores:
@@ -43,3 +45,5 @@ class ServerConfig:
             raise BadRequest(f"max_sessions={self.max_sessions}: give a number above 0")
         if not self.drain_timeout_s >= 0:
             raise BadRequest(f"drain_timeout_s={self.drain_timeout_s}: give seconds, 0 or more")
+        if not self.gpu_timeout_s > 0:
+            raise BadRequest(f"gpu_timeout_s={self.gpu_timeout_s}: give seconds, more than 0")

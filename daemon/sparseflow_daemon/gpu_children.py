@@ -48,8 +48,8 @@ class GpuChild:
     process: "subprocess.Popen[bytes]"
     sock: socket.socket
     pidfd: int
-    n_slabs: int = 0
-    """That are open, or may be."""
+    slabs: set[int] = field(default_factory=set)
+    """Numbers of those that are open, or may be."""
     idle_since_s: float = field(default_factory=time.monotonic)
     must_be_dead_by_s: float = float("inf")
     """Set when it was told to end, and again when it was killed."""
@@ -104,7 +104,9 @@ class GpuChildren:
             pidfd = os.pidfd_open(process.pid)
         except OSError as error:
             ours.close()
-            raise ServerError(f"a child for the GPU cannot be started ({error}); see the limits of this user") from error
+            raise ServerError(
+                f"a child for the GPU cannot be started ({error}); see the limits of this user"
+            ) from error
         ours.setblocking(False)
         record = self.records.setdefault(uuid, GpuRecord(uuid))
         record.starts += 1
@@ -174,7 +176,7 @@ class GpuChildren:
                     self._kill(child)
             elif why := child.desk.overdue(now):
                 self._end(child, why)
-            elif child.n_slabs or child.desk.is_waiting:
+            elif child.slabs or child.desk.is_waiting:
                 child.idle_since_s = now
                 self._send(child)
             elif child.desk.is_usable and now >= child.idle_since_s + _IDLE_S:
@@ -229,7 +231,7 @@ class GpuChildren:
                     "name": child.desk.device_name or None if child else None,
                     "state": child.desk.state if child else "gone",
                     "pid": child.process.pid if child else None,
-                    "slabs": child.n_slabs if child else 0,
+                    "slabs": len(child.slabs) if child else 0,
                     "starts": record.starts,
                     "pushes": record.pushes,
                     "bytes_pushed": record.nbytes_pushed,

@@ -1,6 +1,6 @@
 """What one GPU child was asked and has not answered yet. No socket, no process, no clock: times are told.
 
-    starting --ChildReady--> ready --a deadline passes, or it says that it ends--> ending --its process is dead--> gone
+starting --ChildReady--> ready --a deadline passes, or it says that it ends--> ending --its process is dead--> gone
 """
 
 from collections import deque

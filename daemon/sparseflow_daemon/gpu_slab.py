@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,7 @@ class ClientSlab:
         np.take(self._arena, slots, axis=0, out=memory[: len(slots)], mode="clip")  # other modes copy once more
         here, there = memory.ctypes.data, self._slab.address
         begins = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
-        for begin, end in zip(begins, begins[1:], strict=False):
+        for begin, end in pairwise(begins):
             to = there + int(places[begin]) * nbytes
             self._driver.copy_to_device(to, here + begin * nbytes, (end - begin) * nbytes, self._stream)
         self._driver.event_record(self._half_events[half], self._stream)

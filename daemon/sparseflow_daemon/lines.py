@@ -8,10 +8,12 @@ from contextlib import suppress
 
 from sparseflow.errors import BadRequest, Draining, Resync, ServerError, SparseFlowError
 from sparseflow.protocol.codec import decode, encode
+from sparseflow.protocol.device_messages import PushNeurons, RegisterDevice, UnregisterDevice
 from sparseflow.protocol.messages import AcquireNeurons, ErrorReply, HintNeurons, Message, ReleaseLeases
 from sparseflow.protocol.packets import PACKET_NBYTES
 from sparseflow_daemon.leasing import Leasing, Outgoing
 from sparseflow_daemon.loop import Loop
+from sparseflow_daemon.pushing import Pushing
 from sparseflow_daemon.sessions import Session
 
 _log = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ _MOST_LINES = 64  # of one session: threads that fetch
 class Lines:
     """Those of all sessions."""
 
-    def __init__(self, loop: Loop, leasings: Mapping[str, Leasing], epoch: int) -> None:
+    def __init__(self, loop: Loop, leasings: Mapping[str, Leasing], pushing: Pushing, epoch: int) -> None:
         """
         Args:
             leasings: by the models' names.
@@ -30,7 +32,8 @@ class Lines:
         """Nothing more is leased."""
         self.n_errors = 0
         """Unforeseen ones."""
-        self._loop, self._leasings, self._epoch = loop, leasings, epoch
+        self._loop, self._leasings, self._pushing, self._epoch = loop, leasings, pushing, epoch
+        pushing.send = self.send
         self._sockets: dict[bytes, socket.socket] = {}
 
     def add(self, session: Session, sock: socket.socket) -> None:
@@ -48,7 +51,7 @@ class Lines:
 
     def send(self, out: Iterable[Outgoing]) -> None:
         """Deliver replies; what cannot be delivered ends its line."""
-        for key, message in out:
+        for key, message in self._pushing.divert(out):
             sock = self._sockets.get(key)
             if sock is None:
                 continue
@@ -106,17 +109,37 @@ class Lines:
         leasing = self._leasings[session.model.name]
         match message:
             case AcquireNeurons():
-                if self.is_draining:
-                    self.send(leasing.release(session, message.released))
-                    raise Draining("the server is ending; attach to its successor")
+                self._require_going_on(session, leasing, message.released)
                 self.send(leasing.acquire(session, key, message))  # first of all: the client waits for it
                 return leasing.release(session, message.released)
+            case PushNeurons():
+                self._require_going_on(session, leasing, message.released)
+                try:
+                    self.send(self._pushing.push(session, key, message))
+                finally:
+                    self.send(leasing.release(session, message.released))
+                return []
+            case RegisterDevice():
+                self._require_going_on(session, leasing, [])
+                self._pushing.register(session, key, message)
+                return []
+            case UnregisterDevice():
+                return self._pushing.unregister(session, key, message)
             case HintNeurons():
                 leasing.hint(session, message)
                 return []
             case ReleaseLeases():
                 return leasing.release(session, message.released)
         raise BadRequest(f"{type(message).__name__} is not taken on a line")
+
+    def _require_going_on(self, session: Session, leasing: Leasing, released: list[int]) -> None:
+        """
+        Raises:
+            Draining: nothing new is begun; what the request releases is over all the same.
+        """
+        if self.is_draining:
+            self.send(leasing.release(session, released))
+            raise Draining("the server is ending; attach to its successor")
 
     def _error(self, request_id: int, error: SparseFlowError) -> ErrorReply:
         return ErrorReply(request_id, self._epoch, error.wire_code, str(error))

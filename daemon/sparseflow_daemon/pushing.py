@@ -41,6 +41,7 @@ from sparseflow_daemon.leasing import Leasing, Outgoing
 from sparseflow_daemon.sessions import Session
 
 _MOST_PUSHES = 256  # of one session that are not over
+_KEY_NBYTES = 12
 
 
 @dataclass(eq=False)
@@ -73,7 +74,7 @@ class Push:
     @property
     def key(self) -> bytes:
         """Where the leasing sends what it has to say of it: longer than the keys of lines."""
-        return b"push" + self.number.to_bytes(8, "little")
+        return self.number.to_bytes(_KEY_NBYTES, "little")
 
 
 class Pushing:
@@ -86,6 +87,7 @@ class Pushing:
         self._numbers = itertools.count(1)
         self._slabs: dict[Session, Slab] = {}
         self._pushes: dict[bytes, Push] = {}
+        self._lost: dict[Session, ServerError] = {}  # why a session has no slab any more
         children.on_told = self._on_told
         children.on_gone = self._on_gone
 
@@ -117,7 +119,8 @@ class Pushing:
         child = self._children.of(ticket.device_uuid)
         slab = Slab(next(self._numbers), session, child, ticket.nbytes // nbytes, line, request.request_id)
         self._slabs[session] = slab
-        child.n_slabs += 1
+        self._lost.pop(session, None)
+        child.slabs.add(slab.number)
         message = OpenSlab(next(self._numbers), slab.number, request.slab, model.name, model.n_slots, nbytes)
         self._children.ask(child, Ask(message, slab, (model.regions["arena"].fd,)))
 
@@ -134,12 +137,13 @@ class Pushing:
         """Replies to this request, if there are any yet. What it releases is for the leasing, afterwards.
 
         Raises:
-            BadRequest: no slab, no such neurons or places.
+            BadRequest: no slab, no such neurons or places. ServerError: the slab was lost.
         """
         slab = self._slabs.get(session)
         if slab is None or slab.state != "open":
-            why = f"; the last error: {session.last_error}" if session.last_error else ""
-            raise BadRequest(f"this session has no open slab{why}; register the device, or fetch instead")
+            raise self._lost.get(session) or BadRequest(
+                "this session has no open slab; register the device first, or fetch instead"
+            )
         places = _numbers(request.places)
         if len(places) * 4 != len(request.ids):
             raise BadRequest(f"{len(request.ids) // 4} neurons, {len(places)} places; name one each")
@@ -173,6 +177,7 @@ class Pushing:
 
     def forget(self, session: Session) -> None:
         """The session is over; its leases are ended by the leasing."""
+        self._lost.pop(session, None)
         slab = self._slabs.get(session)
         if slab is None:
             return
@@ -193,7 +198,7 @@ class Pushing:
             push = self._pushes.get(key)
             if push is not None:
                 rest += self._on_leasing(push, message)
-            elif not key.startswith(b"push"):  # else it is over already
+            elif len(key) != _KEY_NBYTES:  # else it is over already
                 rest.append((key, message))
         return rest
 
@@ -233,10 +238,11 @@ class Pushing:
                 record.pushes += 1
                 record.nbytes_pushed += len(push.slots) // 4 * session.model.profile.bundle_nbytes
                 return self._over(push) if push.key in self._pushes else []
-            case ErrorReply():
+            case ErrorReply() if push.key in self._pushes:
                 record.errors += 1
                 record.last_error = message.text
-                return self._lose(push.slab, ServerError(f"the server's GPU child refused: {message.text}"))
+                why = f"the server's GPU child refused: {message.text}; register the device again, or fetch instead"
+                return self._lose(push.slab, ServerError(why))
         return []
 
     def _of_slab(self, slab: Slab, message: Message) -> list[Outgoing]:
@@ -246,14 +252,15 @@ class Pushing:
                     slab.state = "open"
                     return [(slab.line, DeviceRegistered(slab.request_id, self._epoch, message.event))]
             case SlabClosed():
-                slab.child.n_slabs -= 1
+                slab.child.slabs.discard(slab.number)
                 if self._slabs.get(slab.session) is slab:
                     del self._slabs[slab.session]
                     return [(slab.line, DeviceUnregistered(slab.request_id, self._epoch))]
             case ErrorReply() if slab.state == "opening":
-                slab.child.n_slabs -= 1
+                slab.child.slabs.discard(slab.number)
                 del self._slabs[slab.session]
-                slab.session.last_error = message.text
+                slab.session.last_error = slab.child.record.last_error = message.text
+                slab.child.record.errors += 1
                 return [(slab.line, ErrorReply(slab.request_id, self._epoch, message.code, message.text))]
         return []
 
@@ -261,7 +268,9 @@ class Pushing:
         """Nothing of it writes to any slab any more."""
         why = f"the server's child on {format_uuid(child.uuid)} has ended: {child.desk.why}"
         for slab in [slab for slab in self._slabs.values() if slab.child is child]:
-            self.send(self._lose(slab, ServerError(f"{why}; register the device again, or fetch instead")))
+            n_lost = sum(push.state == "recorded" for push in slab.pushes.values())
+            lost = f"; {n_lost} pushes were not copied to their end, compute their step again" if n_lost else ""
+            self.send(self._lose(slab, ServerError(f"{why}{lost}; register the device again, or fetch instead")))
 
     # --- ends
 
@@ -269,17 +278,19 @@ class Pushing:
         """What waits for the arena is given up; what the child was asked comes before it closes."""
         slab.state, slab.line, slab.request_id = "closing", line, request_id
         out: list[Outgoing] = []
-        for push in [push for push in slab.pushes.values() if push.state == "leased"]:
-            out += self._over(push, self._error(push.request.request_id, BadRequest("the slab is being closed")))
+        for push in list(slab.pushes.values()):
+            if push.state == "leased":  # still: the end of one may begin the next
+                out += self._over(push, self._error(push.request.request_id, BadRequest("the slab is being closed")))
         self._ask(slab, CloseSlab(next(self._numbers), slab.number), slab)
         return out
 
-    def _lose(self, slab: Slab, error: SparseFlowError) -> list[Outgoing]:
+    def _lose(self, slab: Slab, error: ServerError) -> list[Outgoing]:
         """The slab is no more, and not by its session's will."""
         if self._slabs.get(slab.session) is not slab:
             return []
         del self._slabs[slab.session]
-        slab.child.n_slabs -= 1
+        slab.child.slabs.discard(slab.number)
+        self._lost[slab.session] = error
         slab.session.last_error = str(error)
         out: list[Outgoing] = []
         for push in list(slab.pushes.values()):

@@ -32,9 +32,11 @@ from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow_daemon import status
 from sparseflow_daemon.admission import Greeting, greet, model_for, open_session
 from sparseflow_daemon.config import ServerConfig
+from sparseflow_daemon.gpu_children import GpuChildren
 from sparseflow_daemon.leasing import Leasing
 from sparseflow_daemon.lines import Lines
 from sparseflow_daemon.loop import Loop
+from sparseflow_daemon.pushing import Pushing
 from sparseflow_daemon.served_model import ServedModel
 from sparseflow_daemon.sessions import Session
 
@@ -57,7 +59,9 @@ class Server:
         self.sessions: dict[bytes, Session] = {}
         self.leasings: dict[str, Leasing] = {}
         self.loop = Loop()
-        self._lines = Lines(self.loop, self.leasings, self.epoch)
+        self.children = GpuChildren(self.loop, config.gpu_timeout_s)
+        self.pushing = Pushing(self.children, self.leasings, self.epoch)
+        self._lines = Lines(self.loop, self.leasings, self.pushing, self.epoch)
         self._n_errors = 0
         self.last_tick_s = time.monotonic()
         self.loader = threading.Thread(target=self._load, name="loader", daemon=True)
@@ -131,6 +135,7 @@ class Server:
             self._dismiss(greeting)
         self._listener.close()
         self._context.destroy(linger=0)
+        self.children.close()
         self.loop.close()
         for model in self.models.values():
             model.stop_loading()
@@ -147,11 +152,13 @@ class Server:
 
     def _turn(self) -> None:
         """Wait for something, and handle what there is."""
-        is_waiting = any(session.waiting or session.leases for session in self.sessions.values())
+        has_leases = any(session.waiting or session.leases for session in self.sessions.values())
+        is_waiting = has_leases or self.children.is_waiting
         timeout_s = _WAITING_TICK_S if is_waiting or self.is_draining else _TICK_S
         self.loop.turn(timeout_s)
         if is_waiting and time.monotonic() >= self._next_look_s:  # for deadlines
             self._next_look_s = time.monotonic() + _WAITING_TICK_S
+            self.children.look(time.monotonic())
             for name in self.leasings:
                 self._progress(name)
 
@@ -192,13 +199,14 @@ class Server:
             session.sample()
         for greeting in [g for g in self._greetings if g.attach is None and g.deadline_s <= now]:
             self._dismiss(greeting)
+        self.children.look(now)
         gc.freeze()  # what is loaded stays, and need not be looked through again and again
         self._welcome_those_who_wait()
         self.on_tick()
 
     def _is_drained(self) -> bool:
-        has_leases = any(session.leases for session in self.sessions.values())
-        return self.is_draining and (not has_leases or time.monotonic() >= self._drained_by_s)
+        is_busy = self.pushing.n_pushes or any(session.leases for session in self.sessions.values())
+        return self.is_draining and (not is_busy or time.monotonic() >= self._drained_by_s)
 
     # --- models
 
@@ -224,7 +232,7 @@ class Server:
 
     def _progress(self, name: str) -> None:
         of_model = [session for session in self.sessions.values() if session.model.name == name]
-        self._lines.send(self.leasings[name].progress(of_model))
+        self._lines.send(list(self.leasings[name].progress(of_model)))
 
     # --- sessions
 
@@ -335,6 +343,7 @@ class Server:
             self.loop.unwatch(session.sock.fileno())
         self.loop.unwatch(session.pidfd)
         self._lines.hang_up(session)
+        self.pushing.forget(session)
         self.leasings[session.model.name].forget(session)
         session.close()
         _log.info("session of pid %d is over", session.pid)

@@ -71,7 +71,10 @@ def content(server: "Server") -> dict[str, Any]:
             "device": None,
         },
         "max_sessions": server.config.max_sessions,
-        "sessions": [_session(session) for session in server.sessions.values()],
+        "sessions": [
+            _session(session) | {"transport": server.pushing.transport(session)} for session in server.sessions.values()
+        ],
+        "gpu_children": server.children.status(),
         "threads": threads(server),
     }
 

@@ -1,4 +1,4 @@
-"""The README's tables of speed, from the results that `reproduce.sh` has written.
+"""The README's tables of speed, from the results that `reproduce.sh` and `gpu.py` have written.
 
 python scripts/bench/tables.py            # print them
 python scripts/bench/tables.py --write    # put them into README.md, each between its two marks
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sparseflow.bench.gpu_report import markdown
 from sparseflow.bench.report import rate_cells
 from sparseflow.utils.sizes import format_size
 
@@ -119,9 +120,11 @@ def written_into(text: str, tables: dict[str, str]) -> str:
 
 
 def all_tables() -> dict[str, str]:
-    """By the name of the result."""
+    """By the name of the result; those of GPUs (`gpu-*.json`) are one, machine after machine."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    return {title: table(title, result) for title, result in results.items()}
+    of_gpus = [markdown(results.pop(title)) for title in list(results) if title.startswith("gpu-")]
+    tables = {title: table(title, result) for title, result in results.items()}
+    return tables | ({"gpu": "\n\n".join(of_gpus)} if of_gpus else {})
 
 
 def main() -> None:

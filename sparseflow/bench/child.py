@@ -267,7 +267,7 @@ def load_sparseflow(settings: Settings, **options: str) -> TorchModel:
         fidelity=options.get("fidelity", "exact"),
     )
     if "lookahead" in options:
-        model.coordinator.lookahead.mode = options["lookahead"]  # type: ignore[assignment]
+        model.coordinator.lookahead.mode = options["lookahead"]  # type: ignore[attr-defined]
     return TorchModel(model, DynamicCache(config=model.config))
 
 

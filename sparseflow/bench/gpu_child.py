@@ -25,7 +25,8 @@ Tell = Callable[[dict[str, Any]], None]
 
 WARM_UP_SHARE = 1 / 3  # of the time to measure, at most
 LEAST_TOKENS = 4  # of a generation, which has one step less
-WARM_UP = "warm-up"  # stands for a number of a prompt
+WARM_UP, GREEDY = "warm-up", "greedy"  # stand for the number of a generation
+GREEDY_TOKENS = 24  # chosen at the end, to compare
 
 
 def import_ahead() -> None:
@@ -39,8 +40,13 @@ def import_ahead() -> None:
 
 def prompt_of(settings: Settings, number: int | str) -> list[int]:
     """Random ids, the same for every case of a seed. Each generation has others: a cache has not seen its tokens."""
-    draw = random.Random(f"{settings['seed']}/{number}")
-    return [draw.randrange(4, settings["vocab_size"]) for _ in range(settings["prompt_tokens"])]
+    return random_ids(settings, f"prompt {number}", settings["prompt_tokens"])
+
+
+def random_ids(settings: Settings, purpose: str, n: int) -> list[int]:
+    """Ordinary ids that depend on the seed and on what they are for."""
+    draw = random.Random(f"{settings['seed']}/{purpose}")
+    return [draw.randrange(4, settings["vocab_size"]) for _ in range(n)]
 
 
 def plan_generations(budget_s: float, step_s: float, n_generations: int, n_tokens: int) -> tuple[int, int]:
@@ -81,22 +87,51 @@ class Loaded:
         self.model, self.pcie_bytes_per_token, self.found = model, pcie_bytes_per_token, found
         model.generation_config.eos_token_id = None  # all decode as many tokens
 
-    def generate(self, prompt: Sequence[int], n_tokens: int, device: str, within_s: float | None = None) -> Any:
-        """Greedy ids, and their times.
+    def generate(
+        self,
+        prompt: Sequence[int],
+        n_tokens: int,
+        device: str,
+        given: Sequence[int] | None = None,
+        within_s: float | None = None,
+    ) -> dict[str, Any]:
+        """The likeliest id at each position, and when each was there.
 
         Args:
+            given: what is decoded, whatever is likeliest; None: the likeliest.
             within_s: no further token is begun after that.
         """
         import torch
-        from transformers import StoppingCriteriaList
+        from transformers import LogitsProcessorList, StoppingCriteriaList
 
         ids, times = torch.tensor([list(prompt)], device=device), Times()
         how: dict[str, Any] = {"max_new_tokens": n_tokens, "do_sample": False, "streamer": times}
+        forced = None if given is None else _forced(given[:n_tokens], len(prompt), device)
+        if forced is not None:
+            how["logits_processor"] = LogitsProcessorList([forced])
         start = time.perf_counter()
         if within_s is not None:
             how["stopping_criteria"] = StoppingCriteriaList([_after(start + within_s)])
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **how)
-        return generation(output[0, len(prompt) :].tolist(), start, times.of_tokens)
+        found = output[0, len(prompt) :] if forced is None else forced.likeliest
+        return generation(found[: len(times.of_tokens)].tolist(), start, times.of_tokens)
+
+
+def _forced(given: Sequence[int], n_before: int, device: str) -> Any:
+    """Makes each given id the likeliest, and keeps on the device what was."""
+    import torch
+    from transformers import LogitsProcessor
+
+    class Forced(LogitsProcessor):
+        likeliest = torch.zeros(len(given), dtype=torch.int64, device=device)
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            n = input_ids.shape[1] - n_before
+            self.likeliest[n] = scores[0].argmax()
+            scores[0, given[n]] = float("inf")
+            return scores
+
+    return Forced()
 
 
 def _after(end: float) -> Callable[..., Any]:
@@ -214,7 +249,13 @@ def run_case(settings: Settings, tell: Tell, wait: Callable[[], None]) -> None:
     loaded = LOADERS[settings["program"]](settings)
     tell({"state": "loaded", "load_s": time.perf_counter() - start} | loaded.found)
     warm_up_s = settings["measure_s"] * WARM_UP_SHARE
-    warm_up = loaded.generate(prompt_of(settings, WARM_UP), settings["warm_up_tokens"], device, warm_up_s)
+
+    def decode(number: int | str, n_tokens: int, within_s: float | None = None) -> dict[str, Any]:
+        is_random = settings["text"] == "random" and number != GREEDY
+        given = random_ids(settings, f"text {number}", n_tokens) if is_random else None
+        return loaded.generate(prompt_of(settings, number), n_tokens, device, given, within_s)
+
+    warm_up = decode(WARM_UP, settings["warm_up_tokens"], warm_up_s)
     is_sparse = settings["program"] == SPARSEFLOW
     if is_sparse:
         loaded.model.reset_stats()
@@ -224,7 +265,7 @@ def run_case(settings: Settings, tell: Tell, wait: Callable[[], None]) -> None:
     planned = plan_generations(settings["measure_s"], step_s, settings["generations"], settings["new_tokens"])
     made: list[dict[str, Any]] = []
     for number in range(planned[0]):
-        made.append(loaded.generate(prompt_of(settings, number), planned[1], device))
+        made.append(decode(number, planned[1]))
         tell({"generations": made})
     report: dict[str, Any] = {"state": "done"}
     if is_sparse:
@@ -239,6 +280,9 @@ def run_case(settings: Settings, tell: Tell, wait: Callable[[], None]) -> None:
             "allocated_peak_nbytes": torch.cuda.max_memory_allocated(),
             "reserved_peak_nbytes": torch.cuda.max_memory_reserved(),
         }
+    n_greedy = min(GREEDY_TOKENS, int(settings["measure_s"] * WARM_UP_SHARE / step_s))
+    if n_greedy >= LEAST_TOKENS:
+        report["greedy"] = decode(GREEDY, n_greedy)
     tell(report)
     if is_sparse:
         loaded.model.close()

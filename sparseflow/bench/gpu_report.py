@@ -1,7 +1,7 @@
 """What the GPU benchmark found: a row a case, beside the limits of the machine and the others' rates; as Markdown.
 
-A limit is what would be if nothing but moving the case's own bytes took time: those read from the GPU's memory and those
-that come over PCIe (page-locked), at once (`overlapped`) or one after the other (`in_turn`).
+A limit is what would be if nothing but moving the case's own bytes took time: those read from the GPU's memory and
+those that come over PCIe (page-locked), at once (`overlapped`) or one after the other (`in_turn`).
 """
 
 import statistics
@@ -42,6 +42,9 @@ def agreement(found: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]
     return {
         "is_equal": n_compared > 0 and not any(n is not None for n in first),
         "first_differences": first,
+        "n_same": sum(
+            one == other for a, b in zip(found, reference, strict=False) for one, other in zip(a, b, strict=False)
+        ),
         "n_compared": n_compared,
     }
 
@@ -51,28 +54,16 @@ def rows_of(runs: Sequence[Row], machine: Mapping[str, Any] | None) -> list[Row]
     rows = [_row(run, machine) for run in runs]
     for row, run in zip(rows, runs, strict=True):
         if row["status"] == "ok":
-            row["agreement"] = {
-                name: agreement(_ids(run), _ids(other))
-                for name, other in _references(run, runs).items()
-                if other is not run
-            }
+            others = {name: other for name, other in _references(run, runs).items() if other is not run}
+            row["agreement"] = {name: agreement(_ids(run), _ids(other)) for name, other in others.items()}
+            row["greedy_agreement"] = {name: agreement(_greedy(run), _greedy(other)) for name, other in others.items()}
             row["times"] = _times(row, rows)
     return rows
 
 
 def _row(run: Row, machine: Mapping[str, Any] | None) -> Row:
-    names = (
-        "label",
-        "program",
-        "model",
-        "fidelity",
-        "cap_nbytes",
-        "n_served",
-        "status",
-        "wall_s",
-        "device_peak_nbytes",
-    )
-    row: Row = {name: run.get(name) for name in names}
+    about = ("label", "program", "model", "fidelity", "cap_nbytes", "n_served", "status", "wall_s")
+    row: Row = {name: run.get(name) for name in (*about, "device_peak_nbytes")}
     processes = run.get("processes", [])
     made = [one for process in processes for one in process.get("generations", [])]
     rates = [one["decode_tokens_per_s"] for one in made if one["decode_tokens_per_s"]]
@@ -81,7 +72,6 @@ def _row(run: Row, machine: Mapping[str, Any] | None) -> Row:
     row |= {
         "n_generations": len(made),
         "n_tokens": len(made[0]["ids"]),
-        "distinct_share": statistics.mean(len(set(one["ids"])) / len(one["ids"]) for one in made),
         "decode_tokens_per_s": statistics.median(rates),
         "lowest_tokens_per_s": min(rates),
         "highest_tokens_per_s": max(rates),
@@ -127,6 +117,10 @@ def _ids(run: Row) -> list[list[int]]:
     return [one["ids"] for one in run["processes"][0].get("generations", [])]
 
 
+def _greedy(run: Row) -> list[list[int]]:
+    return [one["ids"] for one in [run["processes"][0].get("greedy")] if one]
+
+
 def _references(run: Row, runs: Sequence[Row]) -> dict[str, Row]:
     """What ids are compared with: transformers' dense model, and our own, both of the same model."""
     same = [other for other in runs if other["model"] == run["model"] and other["status"] == "ok"]
@@ -167,7 +161,7 @@ def targets(rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
     alone = [row for row in sparse if not row["n_served"]]
     pairs = [
-        ratio for row in sparse if row["n_served"] == 2 for name, ratio in row["times"].items() if "served" in name
+        row["times"].get(row["label"].replace("served to 2", "served to 1")) for row in sparse if row["n_served"] == 2
     ]
     found = (
         [row["decode_tokens_per_s"] for row in alone],
@@ -179,7 +173,7 @@ def targets(rows: Sequence[Row]) -> list[Row]:
     for (what, least), values in zip(TARGETS, found, strict=True):
         known = [value for value in values if value is not None]
         best = max(known) if known else None
-        result.append({"what": what, "target": least, "found": best, "is_met": None if best is None else best > least})
+        result.append({"what": what, "target": least, "found": best, "is_met": None if best is None else best >= least})
     return result
 
 
@@ -207,7 +201,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     heads = (
         "", "GPU memory allowed", "tokens/s, median (range)", "times accelerate", "times own offload",
         "first token, ms", "load, s", "GPU memory taken", "neurons found in a slot", "over PCIe per token",
-        "limit, tokens/s", "ids as transformers / own dense",
+        "limit, tokens/s", "likeliest ids as transformers / own dense",
     )  # fmt: skip
     lines = [list(heads), ["---"] * len(heads), *(_cells(row) for row in rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -249,10 +243,7 @@ def _same(row: Row, name: str) -> str:
     found = row.get("agreement", {}).get(name)
     if not found or not found["n_compared"]:
         return "-"
-    if found["is_equal"]:
-        return "same"
-    first = [n for n in found["first_differences"] if n is not None]
-    return f"same up to token {min(first)}"
+    return "all" if found["is_equal"] else f"{found['n_same']} of {found['n_compared']}"
 
 
 def _of_two(rows: Sequence[Row]) -> str:
@@ -262,9 +253,10 @@ def _of_two(rows: Sequence[Row]) -> str:
         return ""
     one, two = served[1], served[2]
     shares = two.get("shares") or {}
+    together, alone = two["together_tokens_per_s"], one["together_tokens_per_s"]
     text = (
-        f"Two processes at one server decode {two['together_tokens_per_s']:.1f} tokens/s together, prompts included, one "
-        f"alone {one['together_tokens_per_s']:.1f}: {two['together_tokens_per_s'] / one['together_tokens_per_s']:.2f} times."
+        f"Two processes at one server decode {together:.1f} tokens/s together, prompts included, one alone "
+        f"{alone:.1f}: {together / alone:.2f} times."
     )
     if "nearest_limit" in two:
         text += (
@@ -277,16 +269,17 @@ def _of_two(rows: Sequence[Row]) -> str:
 def _conditions(result: Mapping[str, Any]) -> str:
     asked, machine = result["conditions"], result.get("machine")
     text = (
-        f"Greedy, {asked['new_tokens']} tokens (fewer where a case would take too long) after a random prompt of "
-        f"{asked['prompt_tokens']}, float16, random weights of the published shapes. Limits: GPU memory and PCIe at once, "
-        "and one after the other."
+        f"{asked['new_tokens']} {'chosen' if asked['text'] == 'greedy' else 'random'} tokens (fewer where a case would "
+        f"take too long) after a random prompt of {asked['prompt_tokens']}, float16, random weights of the published "
+        "shapes. Limits: GPU memory and PCIe at once, and one after the other."
     )
     if not machine:
         return text
     device, versions = machine["device"], machine["versions"]
     return (
-        f"{device['name']}, driver {result['driver'] or 'unknown'}, torch {versions['torch']}, Triton {versions['triton']}, "
-        f"accelerate {versions['accelerate']}; its memory copies {device['memory_bytes_per_s'] / 1e12:.2f} TB/s (reads and "
-        f"writes), PCIe {device['pinned_bytes_per_s'] / GB:.1f} GB/s page-locked and "
+        f"{device['name']}, driver {result['driver'] or 'unknown'}, torch {versions['torch']}, Triton "
+        f"{versions['triton']}, accelerate {versions['accelerate']}; its memory copies "
+        f"{device['memory_bytes_per_s'] / 1e12:.2f} TB/s (reads and writes), PCIe "
+        f"{device['pinned_bytes_per_s'] / GB:.1f} GB/s page-locked and "
         f"{device['pageable_bytes_per_s'] / GB:.1f} GB/s pageable. {text}"
     )

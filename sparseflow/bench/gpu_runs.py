@@ -20,10 +20,12 @@ from typing import Any
 import sparseflow
 from sparseflow.bench.gpu_cases import GPUCase
 from sparseflow.bench.gpu_device import Device, Sampler, wait_until_free
-from sparseflow.errors import ServerError
+from sparseflow.errors import BadRequest, ServerError
 from sparseflow.protocol.inquiry import ask_status
 
 Run = dict[str, Any]
+
+TEXTS = ("random", "greedy")
 
 LEAST_S = 8.0  # with less left, no case is begun
 END_S = 5.0  # that a process which fails may take to end
@@ -38,8 +40,13 @@ _SEARCHED = (Path(sparseflow.__file__).parents[1], Path(sparseflow.__file__).par
 class GPUConditions:
     """What all cases share.
 
+    text: `random`: all decode the same random tokens, and what each finds likeliest at every position is compared.
+    `greedy`: each decodes what it chooses; that of random weights soon repeats itself, and neurons of a token that was
+    there before are found in slots.
     measure_s: about what warming up and measuring a case may take. deadline_s: of a case, loading included.
     """
+
+    text: str = TEXTS[0]
 
     prompt_tokens: int = 32
     new_tokens: int = 96
@@ -49,6 +56,10 @@ class GPUConditions:
     measure_s: float = 12.0
     deadline_s: float = 60.0
     device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        if self.text not in TEXTS:
+            raise BadRequest(f"text {self.text!r}: one of {', '.join(TEXTS)}")
 
 
 def environment(runtime_dir: Path) -> dict[str, str]:
@@ -113,9 +124,9 @@ class Child:
                 pipe.close()
         if code == 0:
             return "ok"
-        how = (
-            "killed" if code is None else f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        )
+        if code is None:
+            return f"killed: {self.last_words()}"
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         return f"{how}: {self.last_words()}"
 
     def last_words(self) -> str:
@@ -185,7 +196,7 @@ class GPUBench:
                 self.end_server()
         except ServerError as error:
             return report | {"status": f"no server: {without_paths(str(error))}"}
-        names = ("prompt_tokens", "new_tokens", "warm_up_tokens", "generations", "seed", "measure_s", "device")
+        names = ("text", "prompt_tokens", "new_tokens", "warm_up_tokens", "generations", "seed", "measure_s", "device")
         settings = {name: getattr(self.conditions, name) for name in names} | {
             "program": case.program,
             "store": str(store),
@@ -221,10 +232,8 @@ class GPUBench:
             late = next(report for report in told if report["state"] != "done")
             status = f"killed after {time.monotonic() - begun:.0f} s, while {_doing(late)}"
         finally:
-            endings = [
-                child.end(CLOSING_S if report["state"] == "done" else 0)
-                for child, report in zip(children, told, strict=True)
-            ]
+            graces = [CLOSING_S if report["state"] == "done" else 0.0 for report in told]
+            endings = [child.end(grace_s) for child, grace_s in zip(children, graces, strict=True)]
         failed = [ending for ending in endings if ending != "ok"]
         if status == "ok" and failed:
             status = f"while closing: {failed[0]}"
@@ -272,7 +281,7 @@ def _listen(children: Sequence[Child], told: Sequence[Run], deadline: float, sam
                 heard = child.hear(deadline)
                 if heard is None:
                     return f"while {_doing(report)}: {child.end(END_S)}"
-                report |= heard
+                report.update(heard)
         for child in children:
             child.say("go")
     return "ok"
@@ -284,7 +293,7 @@ def _doing(report: Run) -> str:
 
 @dataclass
 class Server:
-    """A weight server with all bundles in memory, ready.
+    """A weight server that is ready. options: of its command line; without them it has all bundles in memory.
 
     Raises:
         ServerError: it is not ready in time.
@@ -294,11 +303,12 @@ class Server:
     scratch: Path
     variables: dict[str, str]
     end_at: float
+    options: Sequence[str] = ()
     timeout_s: float = 90.0
     _process: "subprocess.Popen[bytes]" = field(init=False)
 
     def __post_init__(self) -> None:
-        command = [sys.executable, "-m", "sparseflow_daemon", str(self.store), "--name", SERVER]
+        command = [sys.executable, "-m", "sparseflow_daemon", str(self.store), "--name", SERVER, *self.options]
         self._log = self.scratch / "server.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -323,9 +333,8 @@ class Server:
             time.sleep(0.1)
         raise ServerError("the server was not ready in time; give more, with --deadline-s and --total-s")
 
-    @staticmethod
-    def _require_resident(status: dict[str, Any]) -> None:
-        if not all(model["is_resident"] for model in status["models"]):
+    def _require_resident(self, status: dict[str, Any]) -> None:
+        if not self.options and not all(model["is_resident"] for model in status["models"]):
             raise ServerError("the memory does not hold all bundles; free some, or use a smaller model")
 
     def end(self) -> None:

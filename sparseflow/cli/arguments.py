@@ -70,9 +70,27 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=number(int, 1), help="compute threads; else torch's own choice")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where a model computes, and what of it may lie there."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
+    parser.add_argument(
+        "--device-memory",
+        default="auto",
+        help="the most that a GPU may be filled with by this process, such as 8GiB; auto: nine tenths of what is free",
+    )
+    parser.add_argument(
+        "--gpu-cache-ratio",
+        type=float,
+        default=OffloadStrategy().gpu_cache_ratio,
+        help="at most this share of all bundles has a slot on the GPU",
+    )
+
+
 def strategy_of(arguments: argparse.Namespace) -> OffloadStrategy:
     """The strategy that the arguments of `add_model` describe."""
+    default = OffloadStrategy()
     return OffloadStrategy(
+        gpu_cache_ratio=getattr(arguments, "gpu_cache_ratio", default.gpu_cache_ratio),
         cpu_cache_ratio=arguments.cpu_cache_ratio,
         aggressive_offload=arguments.aggressive_offload,
         activation_threshold=arguments.activation_threshold,

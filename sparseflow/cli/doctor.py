@@ -85,7 +85,7 @@ def gpu_facts(device: int) -> dict[str, Any]:
 def graph_trial(device: int) -> None:
     """Capture a graph, replay it on another input, and print as JSON what it needs."""
     import torch
-    import triton  # type: ignore[import-untyped]
+    import triton
 
     if not torch.cuda.is_available():
         print(json.dumps({"error": f"torch {torch.__version__} sees no GPU; install torch for CUDA"}))

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from sparseflow.cli.arguments import add_model, number, strategy_of
+from sparseflow.cli.arguments import add_device, add_model, number, strategy_of
 from sparseflow.errors import BadRequest
 
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--audit", type=number(int, 0), default=0, metavar="N", help="measure recall in every Nth layer step"
     )
     add_model(parser)
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -42,12 +43,15 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
+    where = {"device": arguments.device, "device_memory": arguments.device_memory}
     if arguments.server is not None:
         model = SparseOPTForCausalLM.from_server(
             arguments.server,
             arguments.model,
             fidelity=arguments.fidelity,
             activation_threshold=arguments.activation_threshold,
+            gpu_cache_ratio=arguments.gpu_cache_ratio,
+            **where,
         )
     else:
         model = SparseOPTForCausalLM.from_pretrained(
@@ -58,6 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             fidelity=arguments.fidelity,
             dtype=arguments.dtype,
             quiet=False,
+            **where,
         )
     load_s = time.perf_counter() - start
     model.coordinator.audit_every = arguments.audit

@@ -66,7 +66,7 @@ def generate(
         stream: print the text to stdout as it comes.
         sampling: passed to `model.generate`.
     """
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     clock = _Clock(tokenizer, stream)
     with torch.inference_mode():
         output = model.generate(
@@ -84,7 +84,7 @@ def generate(
 def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[str, Any]:
     """The result of a run, under the names that every command uses; SI units, None for what this version has not."""
     counts, fetches = model.stats.decode, model.stats.fetches
-    memory = process_memory()
+    memory, on_device = process_memory(), counts.device
     touched = model.bytes_touched_per_token()
     return {
         "text": run.text,
@@ -100,7 +100,8 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
         "hit_rate": counts.fetches.hit_rate if counts.fetches else None,
         "evictions": fetches.evictions if fetches else None,
         "bytes_from_disk": fetches.bytes_from_disk if fetches else None,
-        "bytes_to_device": None,
+        "bytes_to_device": on_device.nbytes_moved if on_device else None,
+        "device_hit_rate": on_device.hit_rate if on_device else None,
         "bytes_touched_per_token": touched,
         "limit_tokens_per_s": _limit_tokens_per_s(model, touched),
         "messages_per_token": _per_token(model, counts.fetches.messages) if counts.fetches else None,
@@ -110,20 +111,27 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
         "memory": {
             "private": memory.private,
             "shared": memory.shared,
-            "pinned": None,
+            "pinned": _pinned_nbytes(model),
             "page_cache": None,
-            "device": None,
+            "device": torch.cuda.max_memory_reserved(model.device) if model.device.type == "cuda" else None,
         },
     }
 
 
 def _limit_tokens_per_s(model: SparseOPTForCausalLM, bytes_touched: int) -> float | None:
-    """What memory, or the disk if that is slower, would allow at full speed."""
+    """What memory, or the disk if that is slower, would allow at full speed; None for a GPU."""
+    if model.device.type != "cpu":
+        return None
     limits = [read_bandwidth() / bytes_touched] if bytes_touched else []
     disk_bytes_per_s, fetches = model.source.status().disk_bytes_per_s, model.stats.decode.fetches
     if disk_bytes_per_s and fetches and fetches.bytes_from_disk:
         limits.append(disk_bytes_per_s / (_per_token(model, fetches.bytes_from_disk) or 1))
     return min(limits, default=None)
+
+
+def _pinned_nbytes(model: SparseOPTForCausalLM) -> int | None:
+    memory = model.source.host_memory()
+    return memory.nbytes if memory and model.device_report().get("transport") == "pull" else None
 
 
 def _per_token(model: SparseOPTForCausalLM, n: int) -> float | None:

@@ -6,6 +6,7 @@ Each thread that fetches has a line of its own: nothing is locked, and every rep
 import itertools
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from sparseflow.client.attachment import Attachment
 from sparseflow.errors import BadRequest, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.codec import decode, encode
+from sparseflow.protocol.device_messages import DeviceRegistered, DeviceUnregistered, NeuronsPushed, PushNeurons
 from sparseflow.protocol.messages import (
     AcquireNeurons,
     ErrorReply,
@@ -26,7 +28,7 @@ from sparseflow.protocol.messages import (
 )
 from sparseflow.protocol.packets import PACKET_NBYTES
 
-Reply = NeuronsLeased | NeuronsReady | ErrorReply
+Reply = NeuronsLeased | NeuronsReady | NeuronsPushed | DeviceRegistered | DeviceUnregistered | ErrorReply
 _SEND_TIMEOUT_S = 10.0
 
 
@@ -64,11 +66,33 @@ class Line:
             timeout_s: how long the server may wait for slots.
             keep: as in `WeightSource.fetch`.
         """
-        request_id = next(self._request_ids)
         released = list(self._released)
-        self._awaited.add(request_id)
-        self._send(AcquireNeurons(request_id, self._epoch, layer, ids.tobytes(), released, timeout_s, keep))
+        request_id = self.ask(
+            lambda request_id, epoch: AcquireNeurons(request_id, epoch, layer, ids.tobytes(), released, timeout_s, keep)
+        )
         del self._released[: len(released)]
+        return request_id
+
+    def push(self, layer: int, ids: NDArray[np.uint32], places: NDArray[np.uint32], timeout_s: float) -> int:
+        """Ask for bundles to be copied to places of the registered slab; returns the request's id at once.
+
+        Args:
+            timeout_s: how long the server may wait for slots.
+        """
+        released = list(self._released)
+        request_id = self.ask(
+            lambda request_id, epoch: PushNeurons(
+                request_id, epoch, layer, ids.tobytes(), places.tobytes(), released, timeout_s
+            )
+        )
+        del self._released[: len(released)]
+        return request_id
+
+    def ask(self, build: Callable[[int, int], Message]) -> int:
+        """Send what is made of a new request's id and the epoch; returns the id at once."""
+        request_id = next(self._request_ids)
+        self._awaited.add(request_id)
+        self._send(build(request_id, self._epoch))
         return request_id
 
     def reply(self, request_id: int, deadline_s: float) -> Reply:
@@ -156,9 +180,7 @@ class Line:
                 raise ServerNotRunning(f"the server has ended the session: {message.text}")
             case ErrorReply(request_id=0):
                 raise of_wire_code(message.code, message.text)
-            case NeuronsLeased() | NeuronsReady() | ErrorReply():
-                pass
-            case _:
+            case _ if not isinstance(message, Reply):
                 raise ServerError(f"the server sent {type(message).__name__}, which is no reply")
         if message.request_id in self._awaited:
             self._replies.setdefault(message.request_id, []).append(message)

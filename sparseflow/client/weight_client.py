@@ -6,6 +6,7 @@ under the same name, attaches to it, and goes on.
 """
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -19,21 +20,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparseflow.client.attachment import Attachment
+from sparseflow.client.device_push import MOST_PUSHED, DevicePush, DevicePushed
 from sparseflow.client.line import Line
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.host_bundles import MappedFetch
 from sparseflow.core.tensor_views import predictors_by_layer, view_tensors
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Early, Fetch, HostBundles, HostMemory, SourceStatus
+from sparseflow.cuda.driver import CudaDriver, Driver
 from sparseflow.engine.counts import FetchCounts, ReadTimes
-from sparseflow.errors import BadRequest, Draining, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
+from sparseflow.errors import (
+    BadRequest,
+    Draining,
+    NoAnswer,
+    Resync,
+    ServerError,
+    ServerNotRunning,
+    SparseFlowError,
+    of_wire_code,
+)
 from sparseflow.protocol.inquiry import ask_status
 from sparseflow.protocol.measured_recall import MeasuredRecall
-from sparseflow.protocol.messages import TOLD_COUNTS, ErrorReply, NeuronsLeased
+from sparseflow.protocol.messages import TOLD_COUNTS, ErrorReply, NeuronsLeased, NeuronsReady
 from sparseflow.store.manifest import DENSE_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_log = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 600.0
 RECONNECT_TIMEOUT_S = 30.0
 _RETRY_S = 0.05
@@ -76,6 +89,7 @@ class WeightClient:
         self._earlier = FetchCounts()  # of earlier sessions
         self._wait_s = 0.0
         self._looked_s = 0.0
+        self._pushing: DevicePush | None = None
         self.attachment = Attachment(name, model or "", dict(expected or {}), load_timeout_s)
         self.model = self.attachment.welcome.model
         self.profile = self.attachment.profile
@@ -159,6 +173,62 @@ class WeightClient:
         bundles = self.attachment.bundles
         return HostMemory(bundles.data_ptr(), bundles.nbytes, is_read_only=True, owner=bundles)
 
+    # --- pushes
+
+    @property
+    def push_limit(self) -> int:
+        """Bundles that one push may ask for."""
+        return min(self.fetch_limit, MOST_PUSHED)
+
+    def open_push(
+        self, slab_address: int, slab_nbytes: int, device_index: int = 0, *, driver: Driver | None = None
+    ) -> None:
+        """Have the server push bundles to a slab on a GPU: device memory of one allocation, whole bundles, one a place.
+
+        The slab stays its owner's, who frees it after `close_push` or `close`.
+
+        Args:
+            device_index: among the GPUs that are visible here.
+            driver: of that device, where there is one already.
+
+        Raises:
+            NoDevice, DeviceError, BadRequest: the memory cannot be shared.
+            ServerError: the server cannot push to this GPU; `fetch` works as before.
+        """
+        self.close_push()
+        if driver is None:
+            own = CudaDriver(device_index)
+            self._pushing = DevicePush(self, slab_address, slab_nbytes, own, on_close=own.close)
+        else:
+            self._pushing = DevicePush(self, slab_address, slab_nbytes, driver)
+
+    def push(self, layer: int, ids: NDArray[np.uint32], places: NDArray[np.uint32]) -> DevicePushed:
+        """Ask for bundles in places of the slab; returns at once. `wait` of what it returns tells more.
+
+        The device must be done with what lies in these places: they are written to from now on.
+
+        Args:
+            ids: (n,) uint32, ascending, no repeats; at most `push_limit`.
+            places: (n,) uint32, in the order of the ids, no repeats; neighbouring ones are copied together.
+
+        Raises:
+            BadRequest: `open_push` comes first. ServerError: the server cannot push any more.
+        """
+        self._require_own()
+        if self._pushing is None:
+            raise BadRequest("no slab is registered; call open_push first, or fetch instead")
+        return self._pushing.push(layer, ids, places)
+
+    def close_push(self) -> None:
+        """Wait until nothing is written to the slab any more. May be called twice.
+
+        Raises:
+            ServerError: the server does not say so.
+        """
+        pushing, self._pushing = self._pushing, None
+        if pushing is not None and not self._is_forked:
+            pushing.close()
+
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""
         attachment = self.attachment
@@ -199,6 +269,10 @@ class WeightClient:
         with self._lock:
             if self._is_closed:
                 return
+            try:
+                self.close_push()
+            except SparseFlowError as error:
+                _log.warning("a slab was not closed: %s", error)
             self._is_closed = True
             if self._is_forked:
                 return
@@ -383,6 +457,8 @@ class ServedFetch:
                 raise error
             self._ask_successor()
             return
+        if not isinstance(reply, NeuronsLeased | NeuronsReady):
+            raise ServerError(f"the server answered a fetch with {type(reply).__name__}; is it of our version?")
         if self._slots is None:
             self._slots = self._checked(reply.slots, len(self._line.attachment.bundles))
             if len(self._slots) != len(self._ids):

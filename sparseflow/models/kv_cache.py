@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_ROOM = "_sparseflow_room"  # attribute of a cache layer: its `_Room`
+_ROOM = "_sparseflow_room"  # attribute of a cache layer: its `Room`
 _LEAST_ROOM = 64  # positions
 _CPU = torch.device("cpu")
 _GROWTH = 4  # a buffer that is full grows by one part in so many
@@ -45,40 +45,40 @@ def reserve(
         All keys and all values of the layer; those of the last positions are not yet set. None for a cache that is not
         a `DynamicCache` in this memory: any other keeps what it holds in its own way.
     """
-    if type(cache) is not DynamicCache or cache.offloading or layer >= len(cache.layers):
+    if not can_reserve(cache, layer):
         return None
     growing = cache.layers[layer]
-    if type(growing) is not DynamicLayer:
-        return None
     if not growing.is_initialized:
         nothing = torch.empty(0, dtype=dtype, device=device)
         growing.lazy_initialization(nothing, nothing)
-    room: _Room | None = getattr(growing, _ROOM, None)
+    room: Room | None = getattr(growing, _ROOM, None)
     before = growing.keys.shape[2] if growing.keys.numel() else 0
     after = before + shape[2]
     # Whoever has replaced what we left here (cropped, reordered, copied it) may still read what lies behind.
     if room is None or growing.keys is not room.keys or growing.values is not room.values or after > room.length:
-        room = _Room(growing.keys, growing.values, before, after, shape, dtype, device)
+        room = Room(growing.keys, growing.values, before, after, shape, dtype, device)
         setattr(growing, _ROOM, room)
     room.keys, room.values = room.key_buffer.narrow(2, 0, after), room.value_buffer.narrow(2, 0, after)
     growing.keys, growing.values = room.keys, room.values
     return room.keys, room.values
 
 
-def room_of(cache: Cache, layer: int) -> tuple[Tensor, Tensor] | None:
-    """The buffers whose beginnings one layer's keys and values are; None where these are not as `reserve` left them.
+def can_reserve(cache: Cache, layer: int) -> bool:
+    """Whether `reserve` knows how this layer keeps what it holds."""
+    if type(cache) is not DynamicCache or cache.offloading or layer >= len(cache.layers):
+        return False
+    return type(cache.layers[layer]) is DynamicLayer
 
-    Each is (n_sequences, n_heads, room, head_dim), contiguous.
-    """
+
+def room_of(cache: Cache, layer: int) -> "Room | None":
+    """The buffers whose beginnings one layer's keys and values are; None where these are not as `reserve` left them."""
     growing = cache.layers[layer]
-    room: _Room | None = getattr(growing, _ROOM, None)
-    if room is None or growing.keys is not room.keys or growing.values is not room.values:
-        return None
-    return room.key_buffer, room.value_buffer
+    room: Room | None = getattr(growing, _ROOM, None)
+    return room if room is not None and growing.keys is room.keys and growing.values is room.values else None
 
 
-class _Room:
-    """Buffers of one layer, and the beginnings of them that were handed out last."""
+class Room:
+    """Buffers of one layer, (n_sequences, n_heads, length, head_dim) each, and the beginnings handed out last."""
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Layers of the sparse OPT: transformers' own, computed by our kernels, and an MLP that asks for its neurons."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from sparseflow.kernels.attention import attend
 from sparseflow.kernels.attention_step import AttentionStep, AttentionWeights
 from sparseflow.kernels.linear import linear
 from sparseflow.models.kv_cache import append, reserve
-from sparseflow.orchestration.transfer_coordinator import TransferCoordinator
+from sparseflow.orchestration.coordinator import Coordinator
 
 
 class FrozenLinear(nn.Linear):
@@ -96,7 +97,7 @@ class _Bias(nn.Module):
 class SparseOPTDecoderLayer(OPTDecoderLayer):
     """One decoder layer. Its MLP asks the coordinator, which is set once the weights are loaded."""
 
-    coordinator: TransferCoordinator
+    coordinator: Coordinator
 
     def __init__(self, config: OPTConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -110,6 +111,8 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         self._can_step = config.do_layer_norm_before and is_affine
         self._step_shape = (1, self.self_attn.num_heads, 1, self.self_attn.head_dim)  # of a token's keys
         self._step: AttentionStep | None = None
+        self.turn: AbstractContextManager[None] = nullcontext()
+        """When the attention's weights may be read."""
 
     @property
     def mlp_norm(self) -> nn.LayerNorm:
@@ -134,8 +137,9 @@ class SparseOPTDecoderLayer(OPTDecoderLayer):
         The residual stream is rounded to the model's dtype where transformers rounds it, and nothing else is.
         """
         self.coordinator.hint(self.layer_idx, hidden_states)
-        step = self._attention_step(hidden_states, past_key_values) if is_plain and attention_mask is None else None
-        stream, x = step or self._attend(hidden_states, attention_mask, past_key_values, **kwargs)
+        with self.turn:
+            step = self._attention_step(hidden_states, past_key_values) if is_plain and attention_mask is None else None
+            stream, x = step or self._attend(hidden_states, attention_mask, past_key_values, **kwargs)
         y = self.coordinator.mlp(self.layer_idx, x, stream, decoding=decoding)
         hidden_states = (stream + y).to(stream.dtype).view(hidden_states.shape)  # hooks may hold the stream
         if not self.do_layer_norm_before:

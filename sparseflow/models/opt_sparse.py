@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -24,14 +25,12 @@ from sparseflow.core.config import (
 from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
+from sparseflow.models.device_placing import PlacedModel, has_slots
 from sparseflow.models.opt_layers import FrozenLinear, SparseOPTDecoderLayer
-from sparseflow.models.token_step import TokenStep
 from sparseflow.orchestration.calibrated_predictor import given_predictor
+from sparseflow.orchestration.coordinator import Coordinator
 from sparseflow.orchestration.density import Crossover
-from sparseflow.orchestration.device_coordinator import DeviceCoordinator, choosers_of
-from sparseflow.orchestration.device_slots import plan_slots
 from sparseflow.orchestration.fidelity import DEFAULT_FIDELITY, make_predictor, require_fidelity
-from sparseflow.orchestration.neuron_predictor import NeuronPredictor
 from sparseflow.orchestration.stats import RunStats
 from sparseflow.orchestration.transfer_coordinator import LayerBiases, TransferCoordinator
 
@@ -84,32 +83,27 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         self.model.decoder.layers = nn.ModuleList(layers)
         self.source = source
         self.sparseflow_config = config
-        device = torch.device(config.primary_device)
-        self._load_dense(device)
         if config.predictor_weights_path is None:
             predictor = make_predictor(source, fidelity or DEFAULT_FIDELITY, config.strategy.activation_threshold)
         else:
             predictor = given_predictor(source, config.predictor_weights_path)
         self.fidelity = "dense" if predictor is None else predictor.fidelity
-        self.coordinator = self._coordinator(predictor, device, crossover)
+        self.placed = PlacedModel(self, predictor) if has_slots(config) else None
+        """What lies on a device; None where neurons are computed in host memory."""
+        if self.placed is None:
+            self._load_dense(source.dense())
+            biases = [LayerBiases(layer.fc1.bias, layer.fc2.bias) for layer in layers]
+            norms = [layer.mlp_norm for layer in layers]
+            self.coordinator: Coordinator = TransferCoordinator(source, predictor, biases, norms, crossover)
+        else:
+            self._load_dense(self.placed.dense())
+            self.coordinator = self.placed.coordinator([layer.fc2.bias for layer in layers])
         self.coordinator.profiling = config.enable_profiling
         for layer in layers:
             layer.coordinator = self.coordinator
-        self.token_step = TokenStep.of(self)
+        self.token_step = None if self.placed is None else self.placed.token_step()
         self.generation_config = _generation_config(source, hf_config)
         super().train(False)
-
-    def _coordinator(
-        self, predictor: NeuronPredictor | None, device: torch.device, crossover: Crossover | None
-    ) -> "TransferCoordinator | DeviceCoordinator":
-        layers, config, source = self.model.decoder.layers, self.sparseflow_config, self.source
-        if device.type == "cpu" and config.strategy.device_cache == "auto":
-            biases = [LayerBiases(layer.fc1.bias, layer.fc2.bias) for layer in layers]
-            norms = [layer.mlp_norm for layer in layers]
-            return TransferCoordinator(source, predictor, biases, norms, crossover)
-        choosers = choosers_of(predictor, device)
-        slots = plan_slots(source, device, config.device_memory, config.strategy)
-        return DeviceCoordinator(source, predictor, choosers, [layer.fc2.bias for layer in layers], device, slots)
 
     @classmethod
     def from_pretrained(
@@ -211,9 +205,9 @@ class SparseOPTForCausalLM(OPTForCausalLM):
 
     def close(self) -> None:
         """Give the weights back, and what the source holds. The model computes no more. May be called twice."""
-        if isinstance(self.coordinator, DeviceCoordinator):
+        if self.placed is not None:
             self.token_step = None
-            self.coordinator.close()  # before the source: a device reads its memory
+            self.placed.close()  # before the source: a device reads its memory
         self.source.close()
         for layer in self.model.decoder.layers:
             layer.forget_weights()
@@ -302,14 +296,9 @@ class SparseOPTForCausalLM(OPTForCausalLM):
 
     def device_report(self) -> dict[str, Any]:
         """What lies on the device, in bytes, and how neurons get there; empty where there are no device slots."""
-        if not isinstance(self.coordinator, DeviceCoordinator):
-            return {}
-        report = self.coordinator.report()
-        report["nbytes"]["dense"] = sum(weight.nbytes for weight in self.parameters())
-        return report | {"uses_graph": self.token_step is not None and self.token_step.uses_graph}
+        return {} if self.placed is None else self.placed.report()
 
-    def _load_dense(self, device: torch.device) -> None:
-        dense = {name: weight.to(device) for name, weight in self.source.dense().items()}
+    def _load_dense(self, dense: Mapping[str, Tensor]) -> None:
         try:
             missing, unexpected = self.load_state_dict(dense, strict=False, assign=True)
         except RuntimeError as error:

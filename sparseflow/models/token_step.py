@@ -5,14 +5,15 @@ has which device slot. So the host does nothing between a token's first kernel a
 whose bundles are all in host memory that the device reads; anything else goes through the modules.
 """
 
-from typing import TYPE_CHECKING, Optional
+import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from sparseflow.kernels.device.ops import ReachableBundles
-from sparseflow.models.kv_cache import reserve, room_of
+from sparseflow.models.kv_cache import Room, can_reserve, reserve, room_of
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TokenStep:
-    """Runs one token. Made by `of`, for a model that it can run."""
+    """Runs one token of a model that it `can_run`."""
 
     def __init__(self, model: "SparseOPTForCausalLM", coordinator: DeviceCoordinator) -> None:
         decoder, device, dtype = model.model.decoder, model.device, model.dtype
@@ -32,7 +33,8 @@ class TokenStep:
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._caches = torch.zeros(len(self._layers), 3, dtype=torch.int64, device=device)
-        self._told_caches: list[int] = []
+        self._rooms: list[weakref.ref[Room]] = []
+        self._modules = list(model.modules())
         self._stream = torch.zeros(1, hidden, dtype=dtype, device=device)
         self._x = torch.zeros(1, hidden, device=device)
         self._qkv = torch.zeros(attention.num_heads, 3, attention.head_dim, device=device)
@@ -43,21 +45,12 @@ class TokenStep:
         self._n_runs = 0
         self.uses_graph = device.type == "cuda"
 
-    @classmethod
-    def of(cls, model: "SparseOPTForCausalLM") -> Optional["TokenStep"]:
-        """None for a model on a CPU, one that computes dense, and one with parts that it does not know."""
-        coordinator = model.coordinator
-        if not isinstance(coordinator, DeviceCoordinator) or model.device.type == "cpu":
-            return None
-        return cls(model, coordinator) if cls.can_run(model) else None
-
     @staticmethod
     def can_run(model: "SparseOPTForCausalLM") -> bool:
         """Whether all that it would have to compute is what it computes."""
         decoder, config = model.model.decoder, model.config
         return (
-            model.coordinator.predictor is not None
-            and config.do_layer_norm_before
+            config.do_layer_norm_before
             and config.layer_norm_elementwise_affine
             and decoder.final_layer_norm is not None
             and decoder.project_in is None
@@ -65,7 +58,7 @@ class TokenStep:
         )
 
     def __call__(self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> Tensor | None:
-        """Logits of one token, (1, 1, vocab_size), and its keys and values in the cache; None where it is no such step."""
+        """Logits of one token, (1, 1, vocab_size), and the cache holds it too; None where this is no such step."""
         if input_ids is None or input_ids.shape != (1, 1) or cache is None:
             return None
         n_past = int(cache.get_seq_length())
@@ -73,18 +66,23 @@ class TokenStep:
             return None
         if attention_mask is not None and (attention_mask.dim() != 2 or not bool(attention_mask.all())):
             return None
-        if not self._find_bundles() or not self._find_caches(cache):
+        if not self._coordinator.can_step() or not self._find_bundles():
+            return None
+        has_room = self._has_room(cache, n_past + 1)
+        if not has_room and not self._reserve(cache):
             return None
         self._coordinator.enter(decoding=True)
         self._token.copy_(input_ids.view(1))
         self._position.fill_(n_past)
         self._run()
-        self._model.source.note_tokens(1)
+        if has_room:
+            self._reserve(cache)  # no more than views, made while the device computes
+        self._coordinator.note_token()
         return self._logits.clone()
 
     def _is_watched(self) -> bool:
         """Whether somebody wants to see or change what modules do, or attention is not torch's."""
-        watched = any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules())
+        watched = any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
         return watched or self._model.config._attn_implementation != "sdpa"
 
     def _find_bundles(self) -> bool:
@@ -97,19 +95,26 @@ class TokenStep:
             self._graph, self._n_runs = None, 0
         return len(self._hosts) == len(self._layers)
 
-    def _find_caches(self, cache: Cache) -> bool:
-        """Make room for the token, and tell the device where keys and values lie if that has changed."""
-        dtype, device = self._model.dtype, self._model.device
-        told: list[int] = []
-        for layer in range(len(self._layers)):
-            if reserve(cache, layer, self._shape, dtype, device) is None:
-                return False
-            room = room_of(cache, layer)
-            assert room is not None  # it was just made
-            told += [room[0].data_ptr(), room[1].data_ptr(), room[0].shape[2]]
-        if told != self._told_caches:
-            self._told_caches = told
-            self._caches.copy_(torch.tensor(told).view(-1, 3))
+    def _has_room(self, cache: Cache, length: int) -> bool:
+        """Whether the device knows where keys and values lie, and there is room for so many."""
+        return (
+            len(cache.layers) == len(self._rooms)
+            and all((found := room_of(cache, n)) is not None and found is room() for n, room in enumerate(self._rooms))
+            and all((kept := room()) is not None and length <= kept.length for room in self._rooms[:1])
+        )
+
+    def _reserve(self, cache: Cache) -> bool:
+        """Make the token's place the last one of the cache, and tell the device where that is if it has changed."""
+        n_layers = len(self._layers)
+        if not all(can_reserve(cache, layer) for layer in range(n_layers)):
+            return False
+        for layer in range(n_layers):
+            reserve(cache, layer, self._shape, self._model.dtype, self._model.device)
+        rooms = [room for layer in range(n_layers) if (room := room_of(cache, layer)) is not None]
+        if [ref() for ref in self._rooms] != rooms:
+            self._rooms = [weakref.ref(room) for room in rooms]
+            table = [[room.key_buffer.data_ptr(), room.value_buffer.data_ptr(), room.length] for room in rooms]
+            self._caches.copy_(torch.tensor(table))
         return True
 
     def _run(self) -> None:
@@ -136,10 +141,11 @@ class TokenStep:
         for n, layer in enumerate(self._layers):
             attention, norm, mlp_norm = layer.self_attn, layer.self_attn_layer_norm, layer.final_layer_norm
             normalise(stream, norm.weight, norm.bias, norm.eps, x)
-            bias = None if attention.qkv_bias is None else attention.qkv_bias.view(-1)
-            multiply(x, attention.qkv_weight.view(-1, attention.embed_dim), bias, self._qkv)
-            attend(self._qkv, self._caches[n], self._position, attention.scaling, self._attended, stream)
-            multiply(self._attended, attention.out_proj.weight, attention.out_proj.bias, stream, stream)
+            with layer.turn:
+                bias = None if attention.qkv_bias is None else attention.qkv_bias.view(-1)
+                multiply(x, attention.qkv_weight.view(-1, attention.embed_dim), bias, self._qkv)
+                attend(self._qkv, self._caches[n], self._position, attention.scaling, self._attended, stream)
+                multiply(self._attended, attention.out_proj.weight, attention.out_proj.bias, stream, stream)
             normalise(stream, mlp_norm.weight, mlp_norm.bias, mlp_norm.eps, x)
             self._coordinator.run_on(n, self._hosts[n], x, stream, stream)
         norm = decoder.final_layer_norm

@@ -1,4 +1,4 @@
-"""Choosing neurons where the tokens are: predictors of a layer whose weights lie on a device and whose answer stays there.
+"""Choosing neurons on a device: predictors of one layer, whose weights lie there and whose answer stays there.
 
 An answer is a mask, (n_tokens, ffn_dim) int8, 1 for a candidate of that token.
 """

@@ -71,6 +71,10 @@ class DenseParts:
                 self._is_read[turn].record()
         return y
 
+    def holds_all(self) -> bool:
+        """Whether every neuron of every layer is in a slot by now."""
+        return all(self._filled) and all(memory.placement.n_slots == self._n_neurons for memory in self._layers)
+
     @property
     def nbytes(self) -> int:
         """What the buffers take on the device."""

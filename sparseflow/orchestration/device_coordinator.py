@@ -29,8 +29,6 @@ _TOKENS_AT_ONCE = 8
 class DeviceCoordinator:
     """Runs the MLPs of one model on a device, and counts."""
 
-    audit_every = 0
-
     def __init__(
         self,
         source: WeightSource,
@@ -73,6 +71,8 @@ class DeviceCoordinator:
         ]
         self.choosers = choosers
         self.step = PlacedStep.empty(self._n_neurons, device)
+        if predictor is None:
+            self.step.fill_with_all()
         self.mask = torch.zeros(_TOKENS_AT_ONCE, self._n_neurons, dtype=torch.int8, device=device)
         self.transport = open_transport(source, device, min(source.fetch_limit, self._n_neurons))
         self.dense_parts = DenseParts(source, self.layers, self.ops, device, keeps_first=predictor is None)
@@ -128,10 +128,24 @@ class DeviceCoordinator:
     def run_on(self, layer: int, host: ReachableBundles, x: Tensor, y: Tensor, residual: Tensor | None) -> None:
         """The same, with what `reach` found: nothing here depends on the host, so that a graph can hold it."""
         memory, step, mask = self.layers[layer], self.step, self.mask[: len(x)]
+        if self.predictor is None:
+            self.ops.compute(memory, host, step.missing, step, x, y, residual)
+            return
         self.choosers[layer].choose(x, mask)
         self.ops.place(memory, mask, step, 0, self._n_neurons)
         self.ops.gather(host, step.missing, step.places, step.counts, memory.slab)
         self.ops.compute(memory, host, step.missing, step, x, y, residual)
+
+    def can_step(self) -> bool:
+        """Whether `run_on` computes a layer as it should: sparse always, dense once every neuron is in its own slot."""
+        return self.predictor is not None or self.dense_parts.holds_all()
+
+    def note_token(self) -> None:
+        """A token was decoded by `run_on` in all layers."""
+        self.source.note_tokens(1)
+        if self.predictor is None:
+            for _ in self.layers:
+                self._count_dense(1)
 
     def _run_fetching(self, layer: int, x: Tensor, y: Tensor) -> None:
         """One sparse step; the host learns what is missing, and fetches it. In parts, where slots or leases are few."""
@@ -139,10 +153,10 @@ class DeviceCoordinator:
         self.choosers[layer].choose(x, mask)
         most = min(memory.placement.n_slots, self.source.fetch_limit)
         n_candidates = int(mask.any(0).sum())
-        self._release()  # the device has done all that was before
         for first in range(0, max(n_candidates, 1), most):
             self.ops.place(memory, mask, step, first, first + most)
             missing = self._told_missing(step)
+            self._release()  # the device has done all that was before
             fetch = self.source.fetch(layer, missing)
             self._leased.append(fetch)
             host, rows = self.transport.fetched(fetch.wait(FETCH_TIMEOUT_S))
@@ -174,16 +188,29 @@ class DeviceCoordinator:
     def _dense(self, layer: int, x: Tensor) -> Tensor:
         """All neurons, part after part; what has no slot comes from host memory."""
         self._release()
+        self._count_dense(len(x))
+        return self.dense_parts.compute(layer, x, self.reach(layer), self.transport)
+
+    # --- counting
+
+    @property
+    def audit_every(self) -> int:
+        """0: a device compares no step with the true active set."""
+        return 0
+
+    @audit_every.setter
+    def audit_every(self, n: int) -> None:
+        if n:
+            raise BadRequest(f"audit {n}: steps on a device are not audited; audit the same store on the CPU")
+
+    def _count_dense(self, n_tokens: int) -> None:
         counts = self._phase
         counts.layer_steps += 1
         counts.dense_layer_steps += 1
         counts.neurons += self._n_neurons
         counts.fetched += self._n_neurons
         counts.halves_read += 2 * self._n_neurons
-        counts.pairs += len(x) * self._n_neurons
-        return self.dense_parts.compute(layer, x, self.reach(layer), self.transport)
-
-    # --- counting
+        counts.pairs += n_tokens * self._n_neurons
 
     def enter(self, *, decoding: bool) -> None:
         """Before a step: under which phase it is counted. Waits for the device where that changes."""
@@ -221,7 +248,7 @@ class DeviceCoordinator:
             counts.pairs += n_steps * self._n_neurons
             counts.fetched += n_candidates
             counts.active_pairs += n_active
-            counts.halves_read += n_candidates + min(n_active, n_candidates)
+            counts.halves_read += n_candidates + min(n_active, n_candidates)  # nothing in dense steps
             counts.device.candidates[layer] += n_candidates
             counts.device.misses[layer] += n_misses
             counts.device.nbytes_moved += n_misses * profile.bundle_nbytes

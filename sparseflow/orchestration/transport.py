@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparseflow.core.weight_source import HostBundles, WeightSource
+from sparseflow.core.weight_source import HostBundles, HostMemory, WeightSource
 from sparseflow.cuda.page_lock import PageLock, whole_pages
 from sparseflow.errors import DeviceError
 from sparseflow.kernels.device.ops import ReachableBundles
@@ -138,27 +138,32 @@ def open_transport(source: WeightSource, device: torch.device, n_staged: int) ->
     """The best that works here. n_staged: the most bundles of a fetch, where they have to be staged."""
     if device.type == "cpu":
         return OnHost()
-    memory = source.host_memory()
-    profile = source.profile
+    memory, profile = source.host_memory(), source.profile
     reason = "the weights are mapped files, which drivers may not page-lock"
     if memory is not None:
-        from sparseflow.cuda.driver import CudaDriver
-
-        try:
-            driver = CudaDriver(device.index or 0)
-            lock = PageLock(
-                driver,
-                memory.address,
-                whole_pages(memory.nbytes),
-                read_only=memory.is_read_only,
-                turn_path=Path(tempfile.gettempdir()) / f"sparseflow-page-lock-{os.getuid()}",
-            )
-        except DeviceError as error:
-            reason = str(error)
-        else:
-            if lock.is_locked and lock.device_base is not None:
-                return Pull(lock, memory.owner, device)
-            reason = lock.reason or "the device sees the page-locked memory in pieces"
-            lock.close()
+        lock = lock_memory(memory, device)
+        if isinstance(lock, PageLock):
+            return Pull(lock, memory.owner, device)
+        reason = lock
     bundle = torch.empty(profile.parts_per_bundle, profile.hidden_dimension, dtype=getattr(torch, profile.dtype))
     return Staging(reason, n_staged, bundle, device)
+
+
+def lock_memory(memory: HostMemory, device: torch.device) -> PageLock | str:
+    """Page-lock it, for the device to see in one piece; where that does not work, why."""
+    from sparseflow.cuda.driver import CudaDriver
+
+    try:
+        lock = PageLock(
+            CudaDriver(device.index or 0),
+            memory.address,
+            whole_pages(memory.nbytes),
+            read_only=memory.is_read_only,
+            turn_path=Path(tempfile.gettempdir()) / f"sparseflow-page-lock-{os.getuid()}",
+        )
+    except DeviceError as error:
+        return str(error)
+    if lock.is_locked and lock.device_base is not None:
+        return lock
+    lock.close()
+    return lock.reason or "the device sees the page-locked memory in pieces"

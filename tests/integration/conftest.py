@@ -11,7 +11,7 @@ from dense_reference import DenseIds, greedy_ids
 from forked_program import start_server
 from processes import RUNTIME_DIR, Host
 
-sys.path.append(str(Path(__file__).parents[1] / "engine"))  # shards
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("engine", "cuda")]  # shards, a stub of the driver
 
 
 _FAILED = pytest.StashKey[bool]()
@@ -55,6 +55,23 @@ def host(
         for server in host.servers:
             server.kill()
         shutil.rmtree(runtime_dir)
+
+
+@pytest.fixture(scope="session")
+def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a libcuda.so.1 that needs no GPU."""
+    import stub_library
+
+    return stub_library.build(tmp_path_factory.mktemp("stub"))
+
+
+@pytest.fixture
+def stub(stub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """That library, for servers that are started; processes share memory through a folder, empty again at the end."""
+    import stub_library
+
+    with stub_library.shared_memory(stub_folder, monkeypatch):
+        yield stub_folder / "libcuda.so.1"
 
 
 @pytest.fixture(scope="session")

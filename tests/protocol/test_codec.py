@@ -17,8 +17,21 @@ from hypothesis import strategies as st
 
 import sparseflow
 from sparseflow.errors import BadRequest, ProtocolMismatch
-from sparseflow.protocol import codec, messages
+from sparseflow.protocol import codec, device_messages, messages
 from sparseflow.protocol.codec import MOST_NBYTES, Undecodable, decode, encode
+from sparseflow.protocol.device_messages import (
+    BundlesCopied,
+    BundlesRecorded,
+    ChildReady,
+    CloseSlab,
+    CopyBundles,
+    OpenSlab,
+    PushNeurons,
+    RegisterDevice,
+    SlabClosed,
+    SlabOpened,
+    UnregisterDevice,
+)
 from sparseflow.protocol.messages import (
     PROTOCOL_VERSION,
     AcquireNeurons,
@@ -126,7 +139,7 @@ def test_largest_layer_comes_back(rng: np.random.Generator) -> None:
 
 # --- the bytes themselves
 
-# kind: name, fields. A change here is another PROTOCOL_VERSION.
+# kind: name, fields. A change of one is another PROTOCOL_VERSION; a new kind is refused by peers that do not know it.
 WIRE = {
     1: ("Attach", "pid model expected"),
     2: ("Detach", ""),
@@ -135,6 +148,9 @@ WIRE = {
     5: ("ReleaseLeases", "epoch released"),
     6: ("StatusRequest", "request_id"),
     7: ("Join", "epoch session"),
+    8: ("RegisterDevice", "request_id epoch slab"),
+    9: ("UnregisterDevice", "request_id epoch"),
+    10: ("PushNeurons", "request_id epoch layer ids places released timeout_s"),
     17: (
         "Welcome",
         "epoch session server_pid model profile identity regions is_resident n_slots fetch_limit layer_s scattered_s "
@@ -145,6 +161,17 @@ WIRE = {
     20: ("StatusReply", "request_id epoch content"),
     21: ("ErrorReply", "request_id epoch code text"),
     22: ("NeuronsLeased", "request_id epoch slots missing counts"),
+    23: ("DeviceRegistered", "request_id epoch event"),
+    24: ("DeviceUnregistered", "request_id epoch"),
+    25: ("NeuronsPushed", "request_id epoch counts"),
+    32: ("OpenSlab", "request_id slab ticket model n_slots slot_nbytes"),
+    33: ("CopyBundles", "request_id slab slots places"),
+    34: ("CloseSlab", "request_id slab"),
+    48: ("ChildReady", "device_name"),
+    49: ("SlabOpened", "request_id event"),
+    50: ("BundlesRecorded", "request_id"),
+    51: ("BundlesCopied", "request_id"),
+    52: ("SlabClosed", "request_id"),
 }
 
 
@@ -185,7 +212,8 @@ def test_bytes_of_a_reply_are_these() -> None:
 
 
 def test_every_message_of_the_module_is_in_the_union() -> None:
-    defined = {cls for cls in vars(messages).values() if dataclasses.is_dataclass(cls)}
+    names = vars(messages) | vars(device_messages)
+    defined = {cls for cls in names.values() if dataclasses.is_dataclass(cls)}
     assert defined == set(ALL)
 
 
@@ -193,7 +221,11 @@ def test_kinds_are_unique_and_tell_who_receives_them() -> None:
     kinds = [cls.KIND for cls in ALL]
     assert len(set(kinds)) == len(kinds)
     to_server = {Attach, Detach, Join, AcquireNeurons, HintNeurons, ReleaseLeases, StatusRequest}
+    to_server |= {RegisterDevice, UnregisterDevice, PushNeurons}
     assert {cls for cls in ALL if cls.KIND < 16} == to_server
+    assert {cls for cls in ALL if 32 <= cls.KIND < 48} == {OpenSlab, CopyBundles, CloseSlab}
+    of_child = {ChildReady, SlabOpened, BundlesRecorded, BundlesCopied, SlabClosed}
+    assert {cls for cls in ALL if cls.KIND >= 48} == of_child
 
 
 @each_message
@@ -518,7 +550,7 @@ def test_each_way_to_run_what_is_read_is_seen(source: str) -> None:
 
 
 def test_codec_takes_nothing_but_the_standard_library_and_msgpack() -> None:
-    for module in (codec, messages):
+    for module in (codec, messages, device_messages):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -46,6 +46,12 @@ class PlacedStep:
         lists = torch.zeros(4, n_neurons, dtype=torch.int32, device=device)
         return cls(*lists, torch.zeros(_N_COUNTS + n_neurons, dtype=torch.int32, device=device))
 
+    def fill_with_all(self) -> None:
+        """Every neuron, each in the slot of its own id."""
+        for each in (self.ids, self.slots):
+            torch.arange(len(each), out=each)
+        self.counts[N_CANDIDATES] = len(self.ids)
+
     @property
     def counts(self) -> Tensor:
         """(3,): N_CANDIDATES, N_MISSES, N_PLACED."""

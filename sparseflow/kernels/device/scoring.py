@@ -86,13 +86,17 @@ def _dots(words, high_even, high_odd, low_even, low_odd, start, USES_DP4A: tl.co
 
 @triton.jit
 def _weigh(
-    plane_ptr, scales_ptr, codes_ptr, steps_ptr, offsets_ptr, row, STEPS: tl.constexpr, N_GROUPS: tl.constexpr,
-    WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr, USES_DP4A: tl.constexpr,
+    plane_ptr, scales_ptr, codes_ptr, steps_ptr, offsets_ptr, squares_ptr, row,
+    STEPS: tl.constexpr, HAS_SQUARES: tl.constexpr, N_GROUPS: tl.constexpr, WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr, USES_DP4A: tl.constexpr,
 ):  # fmt: skip
-    """(rows,): what a plane adds to the score. STEPS: of the row, in a unit of the plane's codes."""
+    """(rows,): what a plane adds to the score; and sum_g s_g^2 ||x_g||^2, if HAS_SQUARES.
+
+    STEPS: of the row, in a unit of the plane's codes.
+    """
     N_WORDS: tl.constexpr = N_GROUPS * GROUP_WORDS
     N_PARTS: tl.constexpr = WORDS // (GROUP_WORDS // PARTS)
     total = tl.zeros([row.shape[0], N_PARTS], tl.float32)
+    squares = tl.zeros([row.shape[0], N_PARTS], tl.float32)
     for first in tl.static_range(0, N_WORDS, WORDS):
         word = first + tl.arange(0, WORDS)
         group = (first + tl.arange(0, N_PARTS) * (GROUP_WORDS // PARTS)) // GROUP_WORDS
@@ -115,7 +119,10 @@ def _weigh(
         step = tl.load(steps_ptr + group, mask=group < N_GROUPS, other=0.0) * STEPS
         offset = tl.load(offsets_ptr + group, mask=group < N_GROUPS, other=0.0)
         total += scale * (parts * step[None, :] + offset[None, :])
-    return tl.sum(total, 1)
+        if HAS_SQUARES:  # each group's once for each part
+            square = tl.load(squares_ptr + group, mask=group < N_GROUPS, other=0.0)
+            squares += scale * scale * square[None, :]
+    return tl.sum(total, 1), tl.sum(squares, 1) / PARTS
 
 
 @triton.jit
@@ -153,7 +160,7 @@ def _bound_rows(
     coarse_ptr, fine_ptr, scales_ptr, bias_ptr, norms_ptr, coarse_errors_ptr, fine_errors_ptr,
     mask_ptr, bounds_ptr, n_fine_rows_ptr, n_neurons, factor, threshold, float_unit,
     IS_EXACT: tl.constexpr, PLANES: tl.constexpr, KEEP_BOUNDS: tl.constexpr, USES_DP4A: tl.constexpr,
-    ROWS: tl.constexpr, OPEN_ROWS: tl.constexpr, WORDS: tl.constexpr, N_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, OPEN_ROWS: tl.constexpr, WORDS: tl.constexpr, N_GROUPS: tl.constexpr,
     N_CODES: tl.constexpr, GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr, FINE_STEPS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1)
@@ -166,17 +173,11 @@ def _bound_rows(
     bounds_ptr += token * n_neurons
     token_norm = tl.load(token_norms_ptr + 2 * token)
     residual = tl.load(token_norms_ptr + 2 * token + 1)
-    width = tl.zeros([ROWS], tl.float32)
-    if IS_EXACT:
-        group = tl.arange(0, GROUPS)
-        place = row[:, None] * N_GROUPS + group[None, :]
-        scales = tl.load(scales_ptr + place, mask=(group < N_GROUPS)[None, :], other=0.0)
-        squares = tl.load(squares_ptr + first + group, mask=group < N_GROUPS, other=0.0)
-        width = tl.sqrt(tl.sum(scales * scales * squares[None, :], 1))
-    score = _weigh(
-        coarse_ptr, scales_ptr, codes_ptr, steps_ptr + first, coarse_offsets_ptr + first, row,
-        FINE_STEPS, N_GROUPS, WORDS, GROUP_WORDS, PARTS, USES_DP4A,
+    score, squares = _weigh(
+        coarse_ptr, scales_ptr, codes_ptr, steps_ptr + first, coarse_offsets_ptr + first, squares_ptr + first, row,
+        FINE_STEPS, IS_EXACT, N_GROUPS, WORDS, GROUP_WORDS, PARTS, USES_DP4A,
     )  # fmt: skip
+    width = tl.sqrt(squares)
     bound = _bound(
         score, width, row, bias_ptr, norms_ptr, coarse_errors_ptr, token_norm, residual, factor, threshold, float_unit,
         IS_EXACT, FINE_STEPS,
@@ -199,12 +200,12 @@ def _bound_rows(
             nth = tl.minimum(k + 1 + tl.arange(0, OPEN_ROWS), n_open)  # beyond the last, the last once more
             is_nth = is_open[None, :] & (rank[None, :] == nth[:, None])
             fine_row = _pick(row, is_nth)
-            fine_score = _pick(score, is_nth) + _weigh(
-                fine_ptr, scales_ptr, codes_ptr, steps_ptr + first, fine_offsets_ptr + first, fine_row,
-                1, N_GROUPS, WORDS, GROUP_WORDS, PARTS, USES_DP4A,
+            fine, _ = _weigh(
+                fine_ptr, scales_ptr, codes_ptr, steps_ptr + first, fine_offsets_ptr + first, squares_ptr, fine_row,
+                1, False, N_GROUPS, WORDS, GROUP_WORDS, PARTS, USES_DP4A,
             )  # fmt: skip
             fine_bound = _bound(
-                fine_score, _pick(width, is_nth), fine_row, bias_ptr, norms_ptr, fine_errors_ptr, token_norm, residual,
+                _pick(score, is_nth) + fine, _pick(width, is_nth), fine_row, bias_ptr, norms_ptr, fine_errors_ptr, token_norm, residual,
                 factor, threshold, float_unit, IS_EXACT, 1,
             )  # fmt: skip
             tl.store(mask_ptr + fine_row, (~_is_settled(fine_bound)).to(tl.int8))
@@ -255,6 +256,6 @@ class DeviceScorer:
             IS_EXACT=self._is_exact, PLANES=self.planes, KEEP_BOUNDS=bounds is not None, USES_DP4A=self._uses_dp4a,
             ROWS=shape.rows, OPEN_ROWS=shape.open_rows,
             WORDS=min(shape.words, triton.next_power_of_2(self.n_groups * GROUP_WORDS)), N_GROUPS=self.n_groups,
-            GROUPS=triton.next_power_of_2(self.n_groups), N_CODES=token_codes.N_CODES, GROUP_WORDS=GROUP_WORDS,
+            N_CODES=token_codes.N_CODES, GROUP_WORDS=GROUP_WORDS,
             PARTS=PARTS, FINE_STEPS=FINE_STEPS, num_warps=shape.warps, **options,
         )  # fmt: skip

@@ -1,0 +1,162 @@
+"""With device slots the model says what it says without them, whatever their number, and counts what it moved.
+
+The slots are kept on the CPU here: the same decisions as on a GPU, in plain PyTorch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import opt_family
+import pytest
+import torch
+
+from sparseflow import OffloadStrategy, SparseOPTForCausalLM
+from sparseflow.errors import BadRequest, NotEnoughMemory
+from sparseflow.orchestration.device_coordinator import DeviceCoordinator
+from sparseflow.orchestration.device_slots import LEAST_SHARE, DevicePlan
+
+MakeFolder = Callable[[str, str], Path]
+RATIOS = [0.02, 0.3, 1.0]
+SLOTS = OffloadStrategy(device_cache="copy")
+
+
+def opened(checkpoint: Path, ratio: float | None, **settings: Any) -> SparseOPTForCausalLM:
+    """None: computed in host memory."""
+    strategy = settings.pop("strategy", OffloadStrategy())
+    if ratio is not None:
+        strategy = dataclasses.replace(strategy, device_cache="copy", gpu_cache_ratio=ratio)
+    return SparseOPTForCausalLM.from_pretrained(checkpoint, strategy=strategy, **settings)
+
+
+def continued(model: SparseOPTForCausalLM, ids: torch.Tensor, n: int = 12, **settings: Any) -> torch.Tensor:
+    mask = settings.pop("attention_mask", torch.ones_like(ids))
+    with torch.inference_mode():
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False, **settings)
+    return output[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("member", ["base", "post_norm", "projected", "no_bias", "odd_sizes"])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_same_text_with_any_number_of_slots(member: str, ratio: float, family_checkpoint: MakeFolder) -> None:
+    checkpoint = family_checkpoint(member, "float32")
+    plain, slotted = opened(checkpoint, None), opened(checkpoint, ratio)
+    ids = opt_family.random_ids(plain.config, 1, 9)
+    assert torch.equal(continued(plain, ids), continued(slotted, ids))
+    counts = slotted.stats.decode
+    assert counts.active_pairs == plain.stats.decode.active_pairs
+    assert counts.fetched == plain.stats.decode.fetched
+    assert counts.layer_steps == plain.stats.decode.layer_steps
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "certified", "dense"])
+def test_the_same_text_for_several_sequences_with_padding(fidelity: str, family_checkpoint: MakeFolder) -> None:
+    checkpoint = family_checkpoint("base", "float16")
+    plain, slotted = opened(checkpoint, None, fidelity=fidelity), opened(checkpoint, 0.3, fidelity=fidelity)
+    ids = opt_family.random_ids(plain.config, 3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    assert torch.equal(continued(plain, ids, attention_mask=mask), continued(slotted, ids, attention_mask=mask))
+
+
+@pytest.mark.parametrize("cpu_ratio", [0.5, 0.05])
+@pytest.mark.parametrize("ratio", [0.02, 0.3])
+def test_the_same_text_with_bundles_on_disk(cpu_ratio: float, ratio: float, family_checkpoint: MakeFolder) -> None:
+    checkpoint = family_checkpoint("base", "float32")
+    plain, slotted = (
+        opened(checkpoint, each, strategy=OffloadStrategy(cpu_cache_ratio=cpu_ratio)) for each in (None, ratio)
+    )
+    ids = opt_family.random_ids(plain.config, 1, 9)
+    assert torch.equal(continued(plain, ids), continued(slotted, ids))
+    fetches = slotted.stats.decode.fetches
+    assert fetches is not None
+    assert fetches.misses > 0
+
+
+def test_what_is_counted_adds_up(family_checkpoint: MakeFolder) -> None:
+    model = opened(family_checkpoint("base", "float32"), 0.3)
+    continued(model, opt_family.random_ids(model.config, 1, 9))
+    counts = model.stats.decode
+    assert counts.device is not None
+    assert sum(counts.device.candidates) == counts.fetched
+    assert 0 < sum(counts.device.misses) < counts.fetched
+    assert counts.device.nbytes_moved == sum(counts.device.misses) * model.source.profile.bundle_nbytes
+    assert counts.device.hit_rate == 1 - sum(counts.device.misses) / counts.fetched
+    assert counts.predictor_nbytes > 0
+    prompt = model.stats.prefill
+    assert prompt.dense_layer_share == 1
+    assert prompt.device is not None
+    assert prompt.device.nbytes_moved == model.source.profile.neurons_nbytes
+
+
+def test_dense_moves_what_has_no_slot(family_checkpoint: MakeFolder) -> None:
+    model = opened(family_checkpoint("base", "float32"), 0.25, fidelity="dense")
+    continued(model, opt_family.random_ids(model.config, 1, 9), n=5)
+    counts, profile = model.stats.decode, model.source.profile
+    assert counts.device is not None
+    assert counts.dense_layer_share == 1
+    assert counts.device.nbytes_moved == 4 * profile.neurons_nbytes * 3 // 4
+
+
+def test_calibrated_layers_share_the_slots_by_what_they_gain(calibrated_demo_store: Path) -> None:
+    model = opened(calibrated_demo_store, 0.1, fidelity="calibrated:0.99")
+    assert isinstance(model.coordinator, DeviceCoordinator)
+    slots = model.device_report()["slots"]
+    assert sum(slots) == int(0.1 * model.source.profile.num_layers * model.source.profile.ffn_dimension)
+    assert len(set(slots)) > 1
+    ids = torch.arange(10, 30)[None]
+    plain = opened(calibrated_demo_store, None, fidelity="calibrated:0.99")
+    assert torch.equal(continued(plain, ids), continued(model, ids))
+
+
+def test_the_report_says_what_lies_there_and_how_it_comes(family_checkpoint: MakeFolder) -> None:
+    model = opened(family_checkpoint("base", "float32"), 0.3)
+    report, profile = model.device_report(), model.source.profile
+    assert report["transport"] == "host"
+    assert report["nbytes"]["slots"] == report["n_slots"] * profile.bundle_nbytes
+    assert report["uses_graph"] is False
+    assert opened(family_checkpoint("base", "float32"), None).device_report() == {}
+
+
+def test_a_closed_model_computes_no_more(family_checkpoint: MakeFolder) -> None:
+    model = opened(family_checkpoint("base", "float32"), 0.3)
+    ids = opt_family.random_ids(model.config, 1, 9)
+    continued(model, ids, n=2)
+    model.close()
+    model.close()
+    with pytest.raises(BadRequest, match="closed"):
+        model(ids)
+
+
+@pytest.mark.parametrize("n_kept", [0, 1, 5])
+def test_the_same_text_with_layers_streamed(n_kept: int, demo_model: Path) -> None:
+    plain = opened(demo_model, None)
+    layer_nbytes = sum(weight.nbytes for weight in plain.model.decoder.layers[0].self_attn.parameters())
+    dense_nbytes = sum(weight.nbytes for weight in plain.source.dense().values())
+    profile = plain.source.profile
+    fixed = DevicePlan(plain.source, torch.device("cpu"), "auto").fixed_nbytes
+    others = dense_nbytes - profile.num_layers * layer_nbytes + int(LEAST_SHARE * profile.neurons_nbytes)
+    model = opened(demo_model, 0.3, device_memory=fixed + others + (n_kept + 2) * layer_nbytes)
+    assert model.device_report()["n_streamed_layers"] == profile.num_layers - n_kept
+    ids = torch.arange(10, 30)[None]
+    assert torch.equal(continued(plain, ids), continued(model, ids))
+    with pytest.raises(NotEnoughMemory, match="allow more"):
+        opened(demo_model, 0.3, device_memory=fixed + others + layer_nbytes)
+
+
+def test_what_device_slots_cannot_do_is_refused(family_checkpoint: MakeFolder) -> None:
+    checkpoint = family_checkpoint("base", "float32")
+    with pytest.raises(BadRequest, match="oracle"):
+        opened(checkpoint, 0.3, fidelity="oracle")
+    with pytest.raises(BadRequest, match="audit"):
+        opened(checkpoint, 0.3).coordinator.audit_every = 1
+    with pytest.raises(BadRequest, match="device_cache"):
+        OffloadStrategy(device_cache="sometimes")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "cuda:x"])
+def test_a_device_that_is_not_there_is_named(device: str, family_checkpoint: MakeFolder) -> None:
+    with pytest.raises(BadRequest, match=device):
+        SparseOPTForCausalLM.from_pretrained(family_checkpoint("base", "float32"), device=device)

@@ -1,0 +1,166 @@
+"""One row of kernels computes a token as the modules do; whatever is no such token goes through the modules.
+
+Without a GPU the kernels are interpreted, and there is no graph.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM, StaticCache
+
+from sparseflow import OffloadStrategy, SparseOPTForCausalLM
+from sparseflow.kernels.device.ops import TritonOps
+from sparseflow.models.token_step import TokenStep
+from sparseflow.orchestration.device_coordinator import DeviceCoordinator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = OPTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=40,
+        vocab_size=30,
+        max_position_embeddings=90,
+        word_embed_proj_dim=24,
+        init_std=0.2,
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with torch.random.fork_rng(devices=[]):
+        OPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> Iterator[SparseOPTForCausalLM]:
+    """Its token steps are those of a GPU, interpreted."""
+    made = SparseOPTForCausalLM.from_pretrained(
+        checkpoint, strategy=OffloadStrategy(device_cache="copy", gpu_cache_ratio=0.2)
+    )
+    interpret(made)
+    yield made
+    made.close()
+
+
+def interpret(model: SparseOPTForCausalLM) -> None:
+    coordinator, profile = model.coordinator, model.source.profile
+    assert isinstance(coordinator, DeviceCoordinator)
+    coordinator.ops = TritonOps(8, profile.ffn_dimension, profile.hidden_dimension, CPU)
+    if coordinator.predictor is not None:
+        coordinator.choosers = [layer.on_device(CPU) for layer in coordinator.predictor.layers]
+    model.token_step = TokenStep(model, coordinator)
+
+
+def prompt(model: SparseOPTForCausalLM, length: int = 5) -> tuple[torch.Tensor, DynamicCache]:
+    """Ids of the next token, and a cache that holds a prompt."""
+    ids = torch.randint(4, model.config.vocab_size, (1, length))
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        logits = model(ids, past_key_values=cache, use_cache=True).logits
+    return logits[:, -1:].argmax(-1), cache
+
+
+def both(model: SparseOPTForCausalLM, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits by the step and by the modules, which see the same cache."""
+    assert model.token_step is not None
+    twin = DynamicCache(config=model.config)
+    for layer, held in enumerate(cache.layers):
+        twin.update(held.keys.clone(), held.values.clone(), layer)
+    with torch.inference_mode():
+        found = model.token_step(ids, torch.ones(1, cache.get_seq_length() + 1), cache)
+        step, model.token_step = model.token_step, None
+        expected = model(ids, past_key_values=twin, use_cache=True).logits
+        model.token_step = step
+    assert found is not None
+    for held, kept in zip(cache.layers, twin.layers, strict=True):
+        assert held.keys.shape == kept.keys.shape
+        torch.testing.assert_close(held.keys, kept.keys)
+        torch.testing.assert_close(held.values, kept.values)
+    return found, expected
+
+
+def test_a_token_is_computed_as_the_modules_do(model: SparseOPTForCausalLM) -> None:
+    ids, cache = prompt(model)
+    for _ in range(3):
+        found, expected = both(model, ids, cache)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        ids = found.argmax(-1)
+
+
+def test_a_cache_that_outgrows_its_room_is_followed(model: SparseOPTForCausalLM) -> None:
+    ids, cache = prompt(model, length=1)
+    room = 1 + 64  # what the first token's cache has
+    with torch.inference_mode():
+        many = torch.randint(4, model.config.vocab_size, (1, room - 3))
+        model(many, past_key_values=cache, use_cache=True)
+    for _ in range(5):
+        found, expected = both(model, ids, cache)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == room + 3
+
+
+def test_another_cache_is_found(model: SparseOPTForCausalLM) -> None:
+    (one, first), (other, second) = prompt(model), prompt(model)
+    for ids, cache in ((one, first), (other, second), (one, first)):
+        found, expected = both(model, ids, cache)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_uses_it_and_counts_its_tokens(model: SparseOPTForCausalLM) -> None:
+    ids = torch.arange(4, 9)[None]
+    with torch.inference_mode():
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4)
+    decode = model.stats.decode
+    assert decode.layer_steps == 3 * model.config.num_hidden_layers
+    assert decode.device is not None
+    assert decode.fetched == sum(decode.device.candidates) > 0
+    model.token_step = None
+    with torch.inference_mode():
+        assert torch.equal(
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4), found
+        )
+
+
+def test_what_is_no_such_step_is_left_to_the_modules(model: SparseOPTForCausalLM) -> None:
+    step = model.token_step
+    assert step is not None
+    ids, cache = prompt(model)
+    n = cache.get_seq_length()
+    with torch.inference_mode():
+        assert step(ids, torch.tensor([[0] + [1] * n]), cache) is None  # padded
+        assert step(ids.repeat(2, 1), None, cache) is None
+        assert step(ids.repeat(1, 2), None, cache) is None
+        assert step(None, None, cache) is None
+        assert step(ids, None, None) is None
+        assert step(ids, None, DynamicCache(config=model.config)) is None  # the prompt itself
+        assert step(ids, None, StaticCache(config=model.config, max_cache_len=20)) is None
+        handle = model.model.decoder.layers[1].fc1.register_forward_hook(lambda *_: None)
+        assert step(ids, None, cache) is None
+        handle.remove()
+    assert cache.get_seq_length() == n  # nothing was changed
+
+
+def test_hidden_states_are_still_to_be_had(model: SparseOPTForCausalLM) -> None:
+    ids, cache = prompt(model)
+    with torch.inference_mode():
+        output = model(ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+
+
+def test_a_dense_model_whose_neurons_all_have_slots_steps_too(checkpoint: Path) -> None:
+    model = SparseOPTForCausalLM.from_pretrained(
+        checkpoint, fidelity="dense", strategy=OffloadStrategy(device_cache="copy", gpu_cache_ratio=1.0)
+    )
+    interpret(model)
+    ids, cache = prompt(model)
+    found, expected = both(model, ids, cache)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    model.reset_stats()
+    both(model, ids, cache)
+    assert model.stats.decode.dense_layer_share == 1
+    model.close()
