@@ -57,9 +57,7 @@ class ClientSlab:
             self._stream = driver.stream_create()
             stack.callback(driver.stream_destroy, self._stream)
             self._halves = [self._host_memory(stack) for _ in range(2)]
-            self._half_events = [driver.event_create() for _ in range(2)]
-            for event in self._half_events:
-                stack.callback(driver.event_destroy, event)
+            self._half_events = [self._local_event(stack) for _ in range(2)]
             self._event = stack.enter_context(ExportedEvent(driver))
             self._event.record(self._stream)
             self._slab = OpenedSlab(driver, ticket, self._stream)
@@ -72,6 +70,11 @@ class ClientSlab:
         stack.callback(self._driver.host_free, address)
         content = np.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), np.uint8)
         return content.reshape(self._n_half, -1)
+
+    def _local_event(self, stack: ExitStack) -> int:
+        event = self._driver.event_create()
+        stack.callback(self._driver.event_destroy, event)
+        return event
 
     @property
     def event_ticket(self) -> EventTicket:
@@ -86,25 +89,26 @@ class ClientSlab:
             slots, places: (n,), of the arena and of the slab; no place twice.
 
         Raises:
-            BadRequest: there is no such slot or place. DeviceError: the device fails; some may be copied.
+            BadRequest: closed, or no such slot or place. DeviceError: the device fails; some may be copied.
         """
+        address = self._slab.address  # it is open
         self._require(slots, places)
         order = np.argsort(places, kind="stable")  # so that neighbours go in one copy
         slots, places = slots[order], places[order]
         for first in range(0, len(places), self._n_half):
-            self._copy_half(slots[first : first + self._n_half], places[first : first + self._n_half])
+            self._copy_half(slots[first : first + self._n_half], places[first : first + self._n_half], address)
         self._event.record(self._stream)
         self._copying.append((push, self._n_recorded))
 
-    def _copy_half(self, slots: NDArray[np.uint32], places: NDArray[np.uint32]) -> None:
+    def _copy_half(self, slots: NDArray[np.uint32], places: NDArray[np.uint32], address: int) -> None:
         half, self._turn = self._turn, 1 - self._turn
         self._wait_for(half)
         memory, nbytes = self._halves[half], self._arena.shape[1]
         np.take(self._arena, slots, axis=0, out=memory[: len(slots)], mode="clip")  # other modes copy once more
-        here, there = memory.ctypes.data, self._slab.address
+        here = memory.ctypes.data
         begins = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
         for begin, end in pairwise(begins):
-            to = there + int(places[begin]) * nbytes
+            to = address + int(places[begin]) * nbytes
             self._driver.copy_to_device(to, here + begin * nbytes, (end - begin) * nbytes, self._stream)
         self._driver.event_record(self._half_events[half], self._stream)
         self._n_recorded += 1

@@ -75,8 +75,9 @@ class PlacedModel:
             NotEnoughMemory: not even one slot a layer.
         """
         slots = self._plan.slots(self._model.sparseflow_config.strategy.gpu_cache_ratio)
+        streamed_nbytes = 0 if self._stream is None else self._stream.n_layers * self._stream.layer_nbytes
         self._coordinator = DeviceCoordinator(
-            self._source, self._predictor, self._choosers, fc2_biases, self.device, slots
+            self._source, self._predictor, self._choosers, fc2_biases, self.device, slots, streamed_nbytes
         )
         return self._coordinator
 

@@ -37,6 +37,7 @@ class DeviceCoordinator:
         fc2_biases: list[Tensor | None],
         device: torch.device,
         slots: NDArray[np.int64],
+        streamed_nbytes: int = 0,
     ) -> None:
         """
         Args:
@@ -44,10 +45,12 @@ class DeviceCoordinator:
             choosers: the same on the device, one a layer (`choosers_of`).
             fc2_biases: one a layer; None where the model has none.
             slots: (n_layers,), how many each layer has.
+            streamed_nbytes: what else comes from host memory for each pass through the model; to be counted.
         """
         profile = source.profile
         self.source, self.device, self.predictor = source, device, predictor
         self.profiling = True
+        self._streamed_nbytes = streamed_nbytes
         self._n_neurons = profile.ffn_dimension
         dtype = getattr(torch, profile.dtype)
         is_cpu = device.type == "cpu"
@@ -80,6 +83,7 @@ class DeviceCoordinator:
         self._counted = source.counts() or FetchCounts()
         self._stats = RunStats()
         self._is_decoding = False
+        self._nbytes_moved = 0
         self._pairs_beyond = 0  # of token and neuron, beyond one token a step, in layers of neurons
 
     def hint(self, layer: int, hidden: Tensor) -> None:
@@ -98,8 +102,10 @@ class DeviceCoordinator:
             self._pairs_beyond += len(x) - 1
             if not self.run(layer, x, y, None):
                 self._run_fetching(layer, x, y)
-        if decoding and layer + 1 == len(self.layers):
-            self.source.note_tokens(len(x))
+        if layer + 1 == len(self.layers):
+            self._nbytes_moved += self._streamed_nbytes
+            if decoding:
+                self.source.note_tokens(len(x))
         return y
 
     def reach(self, layer: int) -> ReachableBundles | None:
@@ -143,6 +149,7 @@ class DeviceCoordinator:
     def note_token(self) -> None:
         """A token was decoded by `run_on` in all layers."""
         self.source.note_tokens(1)
+        self._nbytes_moved += self._streamed_nbytes
         if self.predictor is None:
             for _ in self.layers:
                 self._count_dense(1)
@@ -258,7 +265,8 @@ class DeviceCoordinator:
         counts.pairs += self._pairs_beyond * self._n_neurons
         self._pairs_beyond = 0
         counts.active_pairs += self.dense_parts.take_active()
-        counts.device.nbytes_moved += self.dense_parts.take_moved()
+        counts.device.nbytes_moved += self.dense_parts.take_moved() + self._nbytes_moved
+        self._nbytes_moved = 0
         counted = self.source.counts()
         if counted is not None:
             counts.fetches = (counts.fetches or FetchCounts()) + (counted - self._counted)

@@ -41,7 +41,6 @@ class LayerStream:
         self.reason = self._lock if isinstance(self._lock, str) else ""
         """Why it is not page-locked; empty where it is."""
         self._buffers = torch.empty(2, end, dtype=torch.uint8, device=device)
-        self.nbytes_moved = 0
         self._brought: int | None = None  # the layer brought last
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
@@ -82,7 +81,6 @@ class LayerStream:
     def _bring(self, k: int) -> None:
         turn = k % 2
         self._brought = k
-        self.nbytes_moved += self.layer_nbytes
         if self._device.type != "cuda":
             self._buffers[turn].copy_(self._host[k])
             return

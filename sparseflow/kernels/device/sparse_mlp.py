@@ -4,6 +4,8 @@ What has no slot is read from host memory, where it lies. Sums are float32 and m
 `sparse_mlp_ref` is the slow twin.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -11,79 +13,91 @@ from torch import Tensor
 
 from sparseflow.kernels.device.placement import N_CANDIDATES, PlacedStep
 
-_BLOCK = 1024  # columns that a program multiplies at a time
-_MOST_PROGRAMS = 1056
-_COLUMNS = 256  # that a program of the second product sums
-_SPLITS = 32  # parts of the candidates, each summed by a program of its own
-_AT_ONCE = 8
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the kernel is cut. programs: that share the candidates; each writes a sum of its own.
+
+    at_once: bytes of a half of their bundles that a program has under way. warps: of such a program. columns: that a
+    program adds up in the end.
+    """
+
+    programs: int = 132
+    at_once: int = 2**16
+    warps: int = 16
+    columns: int = 32
+
+    def candidates(self, row_nbytes: int) -> int:
+        """How many a program takes at a time, where a row takes so many bytes."""
+        return max(1, min(8, self.at_once // row_nbytes))
+
+
+SHAPE = Shape()
+_MOST_PROGRAMS = 264  # of any shape
 
 
 @triton.jit
-def _bundle(slab_ptr, slot, host, rows_ptr, stride, bundle_size):
-    """Where a bundle lies: in its slot, or in host memory."""
+def _rows_at(slab_ptr, slot, host, rows_ptr, stride, bundle_size, IS_ALIGNED: tl.constexpr):
+    """Where bundles lie: in their slots, or in host memory."""
     in_slot = slab_ptr + slot.to(tl.int64) * bundle_size
     row = tl.load(rows_ptr + tl.maximum(-1 - slot, 0), mask=slot < 0, other=0).to(tl.int64)
-    in_host = host.to(slab_ptr.dtype) + row * stride
-    return tl.where(slot >= 0, in_slot, in_host)
+    bundle = tl.where(slot >= 0, in_slot, host.to(slab_ptr.dtype) + row * stride)
+    return tl.multiple_of(bundle, 16) if IS_ALIGNED else bundle
 
 
 @triton.jit
-def _activate(
-    slab_ptr, host, rows_ptr, stride, ids_ptr, slots_ptr, counts_ptr, bias_ptr, x_ptr, h_ptr, n_active_ptr,
-    n_neurons, hidden, BLOCK: tl.constexpr, N_PROGRAMS: tl.constexpr,
+def _multiply(
+    slab_ptr, host, rows_ptr, stride, ids_ptr, slots_ptr, counts_ptr, bias_ptr, x_ptr, parts_ptr, n_active_ptr,
+    n_neurons, hidden,
+    IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, N_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
+    """Both products over every N_PROGRAMS-th candidate; both halves of a slot are asked for together."""
     token = tl.program_id(1)
+    k = tl.program_id(0) + tl.arange(0, AT_ONCE) * N_PROGRAMS
+    slot = tl.load(slots_ptr + k, mask=k < n_neurons, other=0)  # at first, before it is known how many there are
     n_candidates = tl.load(counts_ptr)
+    column = tl.arange(0, BLOCK)
+    is_column = column < hidden
+    x = tl.load(x_ptr + token * hidden + column, mask=is_column, other=0.0)
+    total = tl.zeros([BLOCK], tl.float32)
     n_active = 0
-    for k in range(tl.program_id(0), n_candidates, N_PROGRAMS):
-        bundle = _bundle(slab_ptr, tl.load(slots_ptr + k), host, rows_ptr, stride, 2 * hidden)
-        total = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, hidden, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            weight = tl.load(bundle + column, mask=column < hidden, other=0.0).to(tl.float32)
-            total += weight * tl.load(x_ptr + token * hidden + column, mask=column < hidden, other=0.0)
-        h = tl.sum(total, 0) + tl.load(bias_ptr + tl.load(ids_ptr + k))
-        is_active = ~(h <= 0)
-        tl.store(h_ptr + token * n_neurons + k, tl.where(is_active, h, 0.0))
-        n_active += is_active.to(tl.int32)
+    for _ in range(tl.program_id(0), n_candidates, N_PROGRAMS * AT_ONCE):
+        is_here = k < n_candidates
+        slot = tl.where(is_here, slot, 0)
+        place = _rows_at(slab_ptr, slot, host, rows_ptr, stride, 2 * hidden, IS_ALIGNED)[:, None] + column[None, :]
+        is_read = is_here[:, None] & is_column[None, :]
+        is_near = is_read & (slot >= 0)[:, None]
+        into = tl.load(place, mask=is_read, other=0.0)
+        out_of = tl.load(place + hidden, mask=is_near, other=0.0)
+        bias = tl.load(bias_ptr + tl.load(ids_ptr + k, mask=is_here, other=0), mask=is_here, other=0.0)
+        h = tl.sum(into.to(tl.float32) * x[None, :], 1) + bias
+        is_active = is_here & ~(h <= 0)
+        h = tl.where(is_active, h, 0.0)
+        n_active += tl.sum(is_active.to(tl.int32), 0)
+        # what is not active adds nothing, whatever it holds
+        total += tl.sum(tl.where(is_active[:, None], h[:, None] * out_of.to(tl.float32), 0.0), 0)
+        is_far = is_active & (slot < 0)
+        if tl.sum(is_far.to(tl.int32), 0) > 0:
+            far = tl.load(place + hidden, mask=is_far[:, None] & is_column[None, :], other=0.0)
+            total += tl.sum(h[:, None] * far.to(tl.float32), 0)
+        k += N_PROGRAMS * AT_ONCE
+        slot = tl.load(slots_ptr + k, mask=k < n_neurons, other=0)
+    tl.store(parts_ptr + (token * N_PROGRAMS + tl.program_id(0)) * hidden + column, total, mask=is_column)
     if n_active > 0:
         tl.atomic_add(n_active_ptr, n_active.to(tl.int64))
 
 
 @triton.jit
-def _sum_columns(
-    slab_ptr, host, rows_ptr, stride, slots_ptr, counts_ptr, h_ptr, parts_ptr, n_neurons, hidden,
-    COLUMNS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    split = tl.program_id(1)
-    token = tl.program_id(2)
-    n_candidates = tl.load(counts_ptr)
-    total = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
-    for first in range(split * AT_ONCE, n_candidates, SPLITS * AT_ONCE):
-        k = first + tl.arange(0, AT_ONCE)
-        is_here = k < n_candidates
-        h = tl.load(h_ptr + token * n_neurons + k, mask=is_here, other=0.0)
-        slot = tl.load(slots_ptr + k, mask=is_here, other=0)
-        bundle = _bundle(slab_ptr, slot, host, rows_ptr, stride, 2 * hidden) + hidden
-        is_read = (h != 0)[:, None] & (column < hidden)[None, :]
-        weight = tl.load(bundle[:, None] + column[None, :], mask=is_read, other=0.0).to(tl.float32)
-        total += h[:, None] * weight
-    place = (token * SPLITS + split) * hidden + column
-    tl.store(parts_ptr + place, tl.sum(total, 0), mask=column < hidden)
-
-
-@triton.jit
 def _add_parts(
     parts_ptr, bias_ptr, residual_ptr, y_ptr, hidden,
-    HAS_RESIDUAL: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, COLUMNS: tl.constexpr, N_PARTS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.program_id(1)
     is_column = column < hidden
-    split = tl.arange(0, SPLITS)
-    place = (token * SPLITS + split)[:, None] * hidden + column[None, :]
-    parts = tl.load(parts_ptr + place, mask=is_column[None, :], other=0.0)
+    part = tl.arange(0, PARTS)
+    place = (token * N_PARTS + part)[:, None] * hidden + column[None, :]
+    parts = tl.load(parts_ptr + place, mask=(part < N_PARTS)[:, None] & is_column[None, :], other=0.0)
     y = tl.sum(parts, 0) + tl.load(bias_ptr + column, mask=is_column, other=0.0)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + token * hidden + column, mask=is_column, other=0.0).to(tl.float32)
@@ -91,11 +105,11 @@ def _add_parts(
 
 
 class MLPScratch:
-    """Memory between the two products, for up to `n_tokens` tokens. Shared by the layers of a model."""
+    """Memory for the programs' sums, for up to `n_tokens` tokens. Shared by the layers of a model."""
 
     def __init__(self, n_tokens: int, n_neurons: int, hidden: int, device: torch.device) -> None:
-        self.h = torch.empty(n_tokens, n_neurons, device=device)
-        self.parts = torch.empty(n_tokens, _SPLITS, hidden, device=device)
+        self.n_neurons = n_neurons
+        self.parts = torch.empty(n_tokens, min(_MOST_PROGRAMS, n_neurons), hidden, device=device)
 
 
 def sparse_mlp(
@@ -116,21 +130,20 @@ def sparse_mlp(
         residual: (n_tokens, hidden), what to add to it; may be y itself.
     """
     n_tokens, hidden = x.shape
-    n_neurons = scratch.h.shape[1]
-    stride = stride_nbytes // slab.element_size()
-    n_programs = min(_MOST_PROGRAMS, n_neurons)
-    splits = min(_SPLITS, triton.next_power_of_2(triton.cdiv(n_neurons, _AT_ONCE)))
-    _activate[(n_programs, n_tokens)](
-        slab, host_address, rows, stride, step.ids, step.slots, step.counts[N_CANDIDATES:], fc1_bias, x, scratch.h, n_active,
-        n_neurons, hidden, BLOCK=_BLOCK, N_PROGRAMS=n_programs, num_warps=4,
+    itemsize, shape = slab.element_size(), SHAPE
+    n_programs = min(shape.programs, scratch.n_neurons)
+    block = triton.next_power_of_2(hidden)
+    is_aligned = all(n % 16 == 0 for n in (hidden * itemsize, stride_nbytes, host_address, slab.data_ptr()))
+    _multiply[(n_programs, n_tokens)](
+        slab, host_address, rows, stride_nbytes // itemsize, step.ids, step.slots, step.counts[N_CANDIDATES:], fc1_bias, x,
+        scratch.parts, n_active, scratch.n_neurons, hidden,
+        IS_ALIGNED=is_aligned, BLOCK=block, AT_ONCE=triton.next_power_of_2(shape.candidates(block * itemsize)),
+        N_PROGRAMS=n_programs, num_warps=shape.warps,
     )  # fmt: skip
-    _sum_columns[(triton.cdiv(hidden, _COLUMNS), splits, n_tokens)](
-        slab, host_address, rows, stride, step.slots, step.counts[N_CANDIDATES:], scratch.h, scratch.parts, n_neurons, hidden,
-        COLUMNS=_COLUMNS, SPLITS=splits, AT_ONCE=_AT_ONCE, num_warps=4,
-    )  # fmt: skip
-    _add_parts[(triton.cdiv(hidden, 128), n_tokens)](
+    _add_parts[(triton.cdiv(hidden, shape.columns), n_tokens)](
         scratch.parts, fc2_bias, y if residual is None else residual, y, hidden,
-        HAS_RESIDUAL=residual is not None, COLUMNS=128, SPLITS=splits, num_warps=4,
+        HAS_RESIDUAL=residual is not None, COLUMNS=shape.columns, N_PARTS=n_programs,
+        PARTS=triton.next_power_of_2(n_programs), num_warps=8,
     )  # fmt: skip
 
 
