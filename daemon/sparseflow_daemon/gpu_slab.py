@@ -134,14 +134,19 @@ class ClientSlab:
         """Whether `copied` has something to tell, now or later."""
         return bool(self._copying)
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float) -> list[int]:
         """Wait until nothing writes to the slab, and give everything back. May be called twice.
+
+        Returns pushes that are copied by now, and were not told as that.
 
         Raises:
             DeviceError: that failed, or takes longer; then end this process.
         """
         self._slab.close(timeout_s)
         self._rest.close()
+        copied = [push for push, _ in self._copying]
+        self._copying.clear()
+        return copied
 
     def _look_at(self, half: int) -> bool:
         """Whether nothing is under way from a half."""

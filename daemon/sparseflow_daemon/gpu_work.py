@@ -54,9 +54,7 @@ class GpuWork:
         except GpuBroken:
             raise
         except SparseFlowError as error:
-            if isinstance(error, DeviceError):
-                self._require_device(error)
-            return [ErrorReply(request_id, 0, error.wire_code, str(error))]
+            return [self._refusal(request_id, error)]
         finally:
             for fd in descriptors:
                 os.close(fd)
@@ -68,8 +66,7 @@ class GpuWork:
             case CopyBundles():
                 return self._copy(message)
             case CloseSlab():
-                self._close(message.slab)
-                return [SlabClosed(message.request_id)]
+                return [*self._close(message.slab), SlabClosed(message.request_id)]
         raise ServerError(f"{type(message).__name__} is not taken by a GPU child")
 
     def copied(self) -> list[Message]:
@@ -127,23 +124,28 @@ class GpuWork:
         slots, places = (np.frombuffer(content, "<u4") for content in (message.slots, message.places))
         try:
             slab.copy(message.request_id, slots, places)
-        except SparseFlowError:
-            self._close(message.slab)
-            raise
+        except SparseFlowError as error:
+            return [*self._close(message.slab), self._refusal(message.request_id, error)]
         return [BundlesRecorded(message.request_id)]
 
-    def _close(self, number: int) -> None:
+    def _close(self, number: int) -> list[Message]:
+        """What was under way to it is copied by then."""
         slab = self._slabs.pop(number, None)
         if slab is None:
-            return
+            return []
         try:
-            slab.close(self._close_timeout_s)
+            return [BundlesCopied(push) for push in slab.close(self._close_timeout_s)]
         except DeviceError as error:
             raise GpuBroken(f"a slab cannot be closed: {error}") from error
 
-    def _require_device(self, error: DeviceError) -> None:
-        """An error that the device does not get over meets every later call."""
-        try:
-            self._driver.mem_info()
-        except DeviceError as again:
-            raise GpuBroken(str(error)) from again
+    def _refusal(self, request_id: int, error: SparseFlowError) -> ErrorReply:
+        """
+        Raises:
+            GpuBroken: it is an error that the device does not get over, which meets every later call.
+        """
+        if isinstance(error, DeviceError):
+            try:
+                self._driver.mem_info()
+            except DeviceError as again:
+                raise GpuBroken(str(error)) from again
+        return ErrorReply(request_id, 0, error.wire_code, str(error))

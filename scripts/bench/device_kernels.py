@@ -1,27 +1,69 @@
 #!/usr/bin/env python3
 """Time each GPU kernel of a layer step on random weights of one layer, beside what its bytes alone would take.
 
-    python scripts/bench/device_kernels.py [--hidden 4096] [--ffn 16384] [--active 0.045] [--slots 0.12] [--out FILE]
+    python scripts/bench/device_kernels.py [--hidden 4096] [--ffn 16384] [--active 0.045] [--slots 0.12] [--all-shapes]
+        [--out FILE]
 
-Prints JSON. Times are medians of graph replays over several copies of the weights, so that no cache serves them.
+Prints JSON. With --all-shapes the kernels that can be cut in more than one way are timed in each. Times are medians of
+graph replays over several copies of the weights, so that no cache serves them.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton
 
 from sparseflow.kernels.bounds import CodedRows, Margin
+from sparseflow.kernels.device import placement, scoring, sparse_mlp, token_codes
 from sparseflow.kernels.device.gather import gather
+from sparseflow.kernels.device.norm import normalise
 from sparseflow.kernels.device.placement import N_CANDIDATES, N_MISSES, N_PLACED, PlacedStep, Placement
-from sparseflow.kernels.device.scoring import DeviceScorer, TokenSums
-from sparseflow.kernels.device.sparse_mlp import MLPScratch, sparse_mlp
+from sparseflow.kernels.device.scoring import DeviceScorer
+from sparseflow.kernels.device.sparse_mlp import MLPScratch
+from sparseflow.kernels.device.token_codes import TokenSums
 from sparseflow.store.codes import GROUP, ROW_GROUP_WORDS, group_count
 
 COPIES = 8  # of what a kernel reads
+SHAPES: dict[ModuleType, tuple[Any, ...]] = {
+    scoring: (
+        scoring.Shape(16, 8, 128, 8),
+        scoring.Shape(16, 4, 128, 8),
+        scoring.Shape(32, 8, 128, 8, registers=80),
+        scoring.Shape(64, 8, 128, 16),
+        scoring.Shape(64, 8, 128, 8),
+        scoring.Shape(16, 4, 64, 4),
+    ),
+    placement: (
+        placement.Shape(by_bins=False),
+        placement.Shape(block=4096),
+        placement.Shape(block=16384),
+        placement.Shape(block=4096, warps=16),
+    ),
+    sparse_mlp: (
+        sparse_mlp.Shape(264, 2**15, 8),
+        sparse_mlp.Shape(132, 2**15, 16),
+        sparse_mlp.Shape(132, 2**16, 8),
+        sparse_mlp.Shape(columns=16),
+        sparse_mlp.Shape(columns=64),
+    ),
+}
+"""Beside the one that each module has."""
+
+
+@contextmanager
+def shaped(module: ModuleType, shape: object) -> Iterator[None]:
+    """Cuts a module's kernels so for a while."""
+    before, module.SHAPE = module.SHAPE, shape  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.SHAPE = before  # type: ignore[attr-defined]
 
 
 def microseconds(run: Callable[[int], None]) -> float:
@@ -54,12 +96,21 @@ def random_codes(ffn: int, hidden: int, active: float) -> CodedRows:
     return CodedRows(torch.zeros(n_groups * GROUP, device="cuda"), words[0], words[1], scales, bias, ones, ones, ones)
 
 
-def measure(hidden: int, ffn: int, active: float, slots: float) -> Mapping[str, object]:
+def measure(hidden: int, ffn: int, active: float, slots: float, *, all_shapes: bool) -> Mapping[str, object]:
     """Kernel -> microseconds and bytes over time."""
     found: dict[str, object] = {}
 
     def note(name: str, us: float, nbytes: float) -> None:
         found[name] = {"us": round(us, 2), "gb_per_s": round(nbytes / us / 1e3, 1)}
+
+    def note_shapes(name: str, module: ModuleType, run: Callable[[int], None], nbytes: float) -> None:
+        note(name, microseconds(run), nbytes)
+        for shape in SHAPES[module] if all_shapes else ():
+            with shaped(module, shape):
+                try:
+                    note(f"{name} {shape}", microseconds(run), nbytes)
+                except Exception as error:  # one that does not fit the device says so and leaves the others
+                    found[f"{name} {shape}"] = repr(error)
 
     device = torch.device("cuda")
     n_slots, n_candidates = int(ffn * slots), int(ffn * active)
@@ -70,13 +121,19 @@ def measure(hidden: int, ffn: int, active: float, slots: float) -> Mapping[str, 
     mask = torch.zeros(1, ffn, dtype=torch.int8, device=device)
     note("sum_tokens", microseconds(lambda _: scorers[0].sum_tokens(x, sums)), 4 * hidden)
     codes_nbytes = coded[0].nbytes_read(1, n_candidates)
-    note("score", microseconds(lambda copy: scorers[copy].select(x, sums, mask, n_fine)), codes_nbytes)
+    ones = torch.ones(hidden, device=device)
+    note("normalise", microseconds(lambda _: normalise(x[0], ones, ones, 1e-5, x[0])), 16 * hidden)
+
+    def normalise_and_sum(_: int) -> None:
+        token_codes.normalise_and_sum(x[0], ones, ones, 1e-5, coded[0].dither, x[0], sums)
+
+    note("normalise_and_sum", microseconds(normalise_and_sum), 20 * hidden)
+    note_shapes("score", scoring, lambda copy: scorers[copy].select(x, sums, mask, n_fine), codes_nbytes)
 
     placements = [Placement(ffn, n_slots, device) for _ in range(COPIES)]
     step = PlacedStep.empty(ffn, device)
     masks = [(torch.rand(1, ffn, device=device) < active).to(torch.int8) for _ in range(COPIES)]
-    us = microseconds(lambda copy: placements[0].place(masks[copy], step))
-    note("place", us, ffn)
+    note_shapes("place", placement, lambda copy: placements[0].place(masks[copy], step), ffn)
     counts = step.counts
     found["placed"] = {"candidates": int(counts[N_CANDIDATES]), "missing": int(counts[N_MISSES])}
 
@@ -85,14 +142,13 @@ def measure(hidden: int, ffn: int, active: float, slots: float) -> Mapping[str, 
     for n in (64, 256, 1024):
         counts[N_PLACED] = n
         rows = [torch.randperm(ffn, device=device)[:n].int() for _ in range(COPIES)]
-        places = torch.randperm(n_slots, device=device)[:n].int() if n <= n_slots else None
-        if places is not None:
-            padded = torch.zeros(ffn, dtype=torch.int32, device=device)
+        if n <= n_slots:
+            places = torch.randperm(n_slots, device=device)[:n].int()
 
-            def run(copy: int) -> None:
+            def fetch(copy: int, rows: list[torch.Tensor] = rows, places: torch.Tensor = places) -> None:
                 gather(host.data_ptr(), 4 * hidden, rows[copy], places, counts, slabs[copy])
 
-            note(f"gather {n}", microseconds(run), n * 4 * hidden)
+            note(f"gather {n}", microseconds(fetch), n * 4 * hidden)
 
     counts[N_CANDIDATES] = n_candidates
     step.slots[:n_candidates] = torch.randint(n_slots, (n_candidates,), device=device).int()
@@ -101,21 +157,25 @@ def measure(hidden: int, ffn: int, active: float, slots: float) -> Mapping[str, 
     y = torch.empty(1, hidden, device=device)
 
     def compute(copy: int) -> None:
-        sparse_mlp(slabs[copy], host.data_ptr(), 4 * hidden, step.missing, step, *biases, x, scratch, n_active, y)
+        sparse_mlp.sparse_mlp(
+            slabs[copy], host.data_ptr(), 4 * hidden, step.missing, step, *biases, x, scratch, n_active, y
+        )
 
-    note("sparse_mlp", microseconds(compute), n_candidates * 4 * hidden)
+    note_shapes("sparse_mlp", sparse_mlp, compute, n_candidates * 4 * hidden)
     return found
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=16384)
     parser.add_argument("--active", type=float, default=0.045)
     parser.add_argument("--slots", type=float, default=0.12)
+    parser.add_argument("--all-shapes", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found = measure(arguments.hidden, arguments.ffn, arguments.active, arguments.slots)
+    found = measure(arguments.hidden, arguments.ffn, arguments.active, arguments.slots, all_shapes=arguments.all_shapes)
     text = json.dumps({"device": torch.cuda.get_device_name(), "triton": triton.__version__} | dict(found), indent=1)
     print(text)
     if arguments.out:

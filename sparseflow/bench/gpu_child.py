@@ -271,14 +271,7 @@ def run_case(settings: Settings, tell: Tell, wait: Callable[[], None]) -> None:
     for number in range(planned[0]):
         made.append(decode(number, planned[1]))
         tell({"generations": made})
-    report: dict[str, Any] = {"state": "done"}
-    if is_sparse:
-        report |= sparse_report(loaded.model, sum(len(one["ids"]) - 1 for one in made))
-    else:
-        width = getattr(torch, str(config.get("dtype") or "float16")).itemsize
-        report["device_bytes_per_token"] = dense_nbytes_per_token(config, width)
-    if loaded.pcie_bytes_per_token is not None:
-        report["pcie_bytes_per_token"] = loaded.pcie_bytes_per_token
+    report: dict[str, Any] = {"state": "done"} | _moved(loaded, settings, config, made)
     if device != "cpu":
         report |= {
             "allocated_peak_nbytes": torch.cuda.max_memory_allocated(),
@@ -290,6 +283,21 @@ def run_case(settings: Settings, tell: Tell, wait: Callable[[], None]) -> None:
     tell(report)
     if is_sparse:
         loaded.model.close()
+
+
+def _moved(
+    loaded: Loaded, settings: Settings, config: dict[str, Any], made: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Bytes of a token: read from the device's memory, and brought there; with all that SparseFlow counts."""
+    import torch
+
+    if settings["program"] == SPARSEFLOW:
+        return sparse_report(loaded.model, sum(len(one["ids"]) - 1 for one in made))
+    width = getattr(torch, str(config.get("dtype") or "float16")).itemsize
+    return {
+        "device_bytes_per_token": dense_nbytes_per_token(config, width),
+        "pcie_bytes_per_token": loaded.pcie_bytes_per_token,
+    }
 
 
 def measure_machine(_settings: Settings, tell: Tell, _wait: Callable[[], None]) -> None:

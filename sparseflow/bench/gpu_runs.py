@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sparseflow
 from sparseflow.bench.gpu_cases import GPUCase
 from sparseflow.bench.gpu_device import Device, Sampler, wait_until_free
 from sparseflow.errors import BadRequest, ServerError
@@ -33,7 +32,8 @@ CLOSING_S = 15.0  # and one that lets go of all that it page-locked
 SPARE_NBYTES = 64 << 20  # that a process which is gone may leave on the device for a moment
 SERVER = "gpu-bench"
 RUNTIME_DIR = "SPARSEFLOW_RUNTIME_DIR"
-_SEARCHED = (Path(sparseflow.__file__).parents[1], Path(sparseflow.__file__).parents[1] / "daemon")
+_ROOT = Path(__file__).parents[2]
+_SEARCHED = (_ROOT, _ROOT / "daemon")
 
 
 @dataclass(frozen=True, slots=True)

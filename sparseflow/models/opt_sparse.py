@@ -371,8 +371,7 @@ def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
             f"the configuration describes {config.profile}, the source holds {source.profile}; "
             "use the configuration of the model in the store"
         )
-    for device in (config.primary_device, config.secondary_device):
-        require_device(device)
+    require_device(config.primary_device)
     if config.secondary_device != "cpu":
         raise BadRequest(f"secondary_device={config.secondary_device!r}: weights wait in host memory; use 'cpu'")
     if config.compute_dtype is not None and dtype_name(config.compute_dtype) != source.profile.dtype:

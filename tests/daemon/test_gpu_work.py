@@ -54,7 +54,8 @@ class Client:
 
     def copy(self, request_id: int, slots: list[int], places: list[int], slab: int = 1) -> Message:
         content = [np.array(numbers, "<u4").tobytes() for numbers in (slots, places)]
-        (reply,) = self.tell(CopyBundles(request_id, slab, *content))
+        *copied, reply = self.tell(CopyBundles(request_id, slab, *content))
+        assert not copied or isinstance(reply, ErrorReply)
         return reply
 
     def content(self) -> NDArray[np.uint8]:
@@ -241,7 +242,7 @@ def test_unknown_slab_and_message_are_errors(client: Client) -> None:
 def test_closed_slab_is_given_back_after_its_copies(client: Client) -> None:
     client.open()
     client.copy(2, [1, 2, 3], [4, 5, 6])
-    assert client.tell(CloseSlab(3, 1)) == [SlabClosed(3)]
+    assert client.tell(CloseSlab(3, 1)) == [BundlesCopied(2), SlabClosed(3)], "no push stays without its end"
     assert np.array_equal(client.content()[4:7], client.slots[1:4])
     assert client.childs.leaks() == {}
 
@@ -269,7 +270,7 @@ def test_whichever_call_fails_there_is_one_answer_and_nothing_is_left(
             elif what == "copy":
                 reply = client.copy(2, list(range(10)), list(range(10)))
             else:
-                (reply,) = client.tell(CloseSlab(3, 1))
+                reply = client.tell(CloseSlab(3, 1))[-1]
         except GpuBroken:
             is_broken = True
         n_calls = len(client.childs.calls) - before
@@ -339,6 +340,15 @@ def test_copy_that_never_ends_is_an_error_after_a_while(
         reply = client.copy(2, list(range(12)), list(range(12)))
     assert isinstance(reply, ErrorReply)
     assert "did not end within 0.1 s" in reply.text
+
+
+def test_push_that_is_refused_lets_those_before_it_end(client: Client) -> None:
+    client.open()
+    client.copy(2, [1], [1])
+    copied, refused = client.tell(CopyBundles(3, 1, bytes(4), b"\xff" * 4))
+    assert copied == BundlesCopied(2)
+    assert isinstance(refused, ErrorReply)
+    assert np.array_equal(client.content()[1], client.slots[1])
 
 
 def test_more_staging_is_taken_than_one_bundle_needs_only_where_there_is_more(rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""Pushes over a real engine and a child's real work, without sockets: one reply to each request, in any order of ends."""
+"""Pushes over a real engine and a child's real work, without sockets: one reply to each request, whoever ends when."""
 
 import os
 import socket

@@ -1,9 +1,13 @@
-"""Random numbers of these tests."""
+"""Random numbers of these tests, and a driver that is none."""
 
 import secrets
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Device slots of one layer, with all bookkeeping on the device: who lies where, and who goes when others come.
 
-One program goes over a layer's candidates, lists them, finds those without a slot, and gives them the slots of the
-neurons that were least used of late. A use counts `_USE`; a count is halved with every `HALVING_STEPS` layer steps (so
-it is between one and two such periods that a use is remembered well); what the layer step uses itself stays. Counts
-are whole numbers: `Placement.place_ref` does the same in plain PyTorch, to the bit.
+One program lists a layer's candidates, finds those without a slot, and gives them the slots of the neurons that were
+least used of late, the first slots of those equally used. A use counts `_USE`; a count is halved with every
+`HALVING_STEPS` layer steps (so it is between one and two such periods that a use is remembered well); what the layer
+step uses itself stays. Counts are whole numbers: `Placement.place_ref` does the same in plain PyTorch, to the bit.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparseflow.errors import BadRequest
+
 HALVING_STEPS = 32
 _USE = 16
 _MOST = 2 * _USE * HALVING_STEPS  # no count is larger
-_BITS = _MOST.bit_length()
+_BITS = (_MOST + 1).bit_length()  # of 1 + a count
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the kernel is cut. block, listed: neurons and candidates that it takes at a time. warps: of its one program.
+
+    by_bins: the least used are found by histograms, not by halving.
+    """
+
+    block: int = 8192
+    listed: int = 1024
+    warps: int = 32
+    by_bins: bool = True
+
+
+SHAPE = Shape()
 
 N_CANDIDATES, N_MISSES, N_PLACED = range(3)
 """Places in `PlacedStep.counts`."""
@@ -30,8 +48,8 @@ class PlacedStep:
 
     ids: (ffn_dim,) candidates, ascending. slots: (ffn_dim,), where each lies or will lie once it was moved; -1 - k for
     the k-th missing where it has no slot. missing_at: (ffn_dim,), where in `ids` each missing one stands. places:
-    (ffn_dim,), slots of those that got one, the first N_PLACED of the missing. told: how much of these is set (`counts`)
-    and the missing ones (`missing`), ascending, together, so that one copy tells them to the host.
+    (ffn_dim,), slots of those that got one, the first N_PLACED of the missing. told: how much of these is set
+    (`counts`) and the missing ones (`missing`), ascending, together, so that one copy tells them to the host.
     """
 
     ids: Tensor
@@ -87,14 +105,18 @@ class Placement:
         """
         import triton
 
-        from sparseflow.kernels.device.place_kernel import place
+        from sparseflow.kernels.device.place_kernel import SLOT_LIMIT, place
 
+        if self.n_slots > SLOT_LIMIT:
+            raise BadRequest(f"{self.n_slots} slots, and a GPU keeps at most {SLOT_LIMIT} a layer; give it less memory")
         place[(1,)](
             mask, self.slot_of, self.uses, self.stamp, self.neuron_in,
             step.ids, step.slots, step.missing, step.missing_at, step.places, step.counts, self.clock, self.totals,
             len(mask), self.n_neurons, self.n_slots, first, end,
-            BLOCK=min(4096, triton.next_power_of_2(self.n_neurons)), SLOTS=triton.next_power_of_2(self.n_slots),
-            HALVING_STEPS=HALVING_STEPS, USE=_USE, MOST=_MOST, BITS=_BITS, num_warps=16,
+            BLOCK=min(SHAPE.block, triton.next_power_of_2(self.n_neurons)),
+            LISTED=min(SHAPE.listed, triton.next_power_of_2(self.n_neurons)),
+            SLOTS=triton.next_power_of_2(self.n_slots), HALVING_STEPS=HALVING_STEPS, USE=_USE, MOST=_MOST, BITS=_BITS,
+            BY_BINS=SHAPE.by_bins, num_warps=SHAPE.warps,
         )  # fmt: skip
 
     def place_ref(self, mask: Tensor, step: PlacedStep, first: int = 0, end: int = 2**31 - 1) -> None:

@@ -5,16 +5,16 @@ With a coarse code from -8 to 7 named Q, a fine one F, and x^ the quantised toke
     sum_g s_g (16 step_g sum_j Q_j c_j + sum_j (8 - u_j) x^_j)   on the coarse plane, and on the fine one besides
     sum_g s_g (step_g sum_j F_j c_j + sum_j x^_j / 2)            as  q + 1/2 - u = 16 Q + (8 - u) + F + 1/2.
 
-The sums over j of whole numbers are exact: a thread adds 32 products, below 2^23 in all, before it makes a float of
-them. Apart from that, float32 gives each sum of n roundings at most n 2^-24 times the sum of its terms' sizes. A group's row
-is at least 112 steps long (see `store.codes`), so over all rows 16 Q s is at most 1 + 16 sqrt(128) / 112 < 2.62 times as long
-as w^, the dither's part at most 1.62, F s at most 0.81 and s / 2 at most 0.06, each times ||w^||. All terms see one
-rounding for their product, one for each group and at most 31 where lanes add up, and 3 in the end; the dither's also at
-most GROUP + 4 in `token_codes`. With ||x^|| <= 1.001 ||x||, 2 roundings of x - x^, and each of these a little more:
+Sums over j of whole numbers are exact: at most 32 products, below 2^23 in all, are added before a float is made of
+them. Else a sum in float32 is wrong by at most n 2^-24 times its terms' sizes, where each goes through n roundings. A
+group's row is at least 112 steps long (`store.codes`), so over a row, in units of ||w^||, the terms 16 Q s are at most
+1 + 16 sqrt(128) / 112 < 2.62 long, those of the dither 1.62, F s 0.81 and s / 2 0.06: 5.11 in all. Each goes through
+6 roundings for itself and at the end, one a group, and at most 31 where threads add up; those of the dither before that
+through at most GROUP + 4 in `token_codes`. x - x^ is itself known to 2 roundings of x. With ||x^|| <= 1.001 ||x||:
 
-    error <= 2^-24 (5.2 (n_groups + 40) + 1.7 (GROUP + 4)) ||w^|| ||x||    beside  ||w^|| ||x - x^||.
+    error <= ||w^|| ||x - x^|| + 2^-24 (5.2 (n_groups + 40) + 1.7 (GROUP + 4)) ||w^|| ||x||
 
-Norms and margins are sums of at most GROUP + n_groups squares, and carry a factor over their rounding.
+Norms and margins are roots of sums of squares, of at most GROUP + n_groups + 40 roundings: _MARGIN_SLACK is over that.
 """
 
 import math
@@ -33,7 +33,8 @@ from sparseflow.store.codes import DITHER_UNIT, FINE_STEPS, GROUP
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the kernel is cut. rows: of a program. open_rows: of the fine plane, read at once. words: of a row, at once.
+    """How the kernel is cut. rows: of a program. open_rows: of the fine plane, read at once. words: of 32 bits, of a
+    row, at once; at most 128, for the roundings counted above. warps: of a program.
 
     registers: the most that a thread may have; None: as the compiler sees fit.
     """
@@ -41,7 +42,7 @@ class Shape:
     rows: int = 32
     open_rows: int = 8
     words: int = 128
-    warps: int = 4
+    warps: int = 8
     registers: int | None = None
 
 
@@ -49,8 +50,8 @@ SHAPE = Shape()
 
 _MARGIN_SLACK = 1 + 2.0**-16  # over the float32 rounding of margins, norms and their square roots
 _BIAS_SLACK = tl.constexpr(2.0**-22)
-# Squares s^2 ||x_g||^2 below the least normal float32 may come out as 0: of 1000 groups 3.5e-18, times the largest factor
-# of a margin; a pre-activation this near to 0 is a candidate.
+# Squares s^2 ||x_g||^2 below the least normal float32 may come out as 0: 3.5e-18 less width for 1000 groups, times a
+# margin's factor. A pre-activation this near to 0 is a candidate.
 _UNDERFLOW_SLACK = tl.constexpr(1e-15)
 
 
@@ -87,7 +88,8 @@ def _dots(words, high_even, high_odd, low_even, low_odd, start, USES_DP4A: tl.co
 @triton.jit
 def _weigh(
     plane_ptr, scales_ptr, codes_ptr, steps_ptr, offsets_ptr, squares_ptr, row,
-    STEPS: tl.constexpr, HAS_SQUARES: tl.constexpr, N_GROUPS: tl.constexpr, WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr, USES_DP4A: tl.constexpr,
+    STEPS: tl.constexpr, HAS_SQUARES: tl.constexpr, N_GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr, USES_DP4A: tl.constexpr,
 ):  # fmt: skip
     """(rows,): what a plane adds to the score; and sum_g s_g^2 ||x_g||^2, if HAS_SQUARES.
 
@@ -135,10 +137,7 @@ def _bound(
     norm = tl.load(norms_ptr + row)
     slack = norm * (token_norm * float_unit + residual) + tl.abs(bias) * _BIAS_SLACK
     slack += tl.where(norm > 0, _UNDERFLOW_SLACK, 0.0)
-    if IS_EXACT:
-        margin = factor * STEPS * width
-    else:
-        margin = factor * token_norm * tl.load(errors_ptr + row)
+    margin = factor * STEPS * width if IS_EXACT else factor * token_norm * tl.load(errors_ptr + row)
     return bias + score + threshold * (margin + slack)
 
 
@@ -205,8 +204,8 @@ def _bound_rows(
                 1, False, N_GROUPS, WORDS, GROUP_WORDS, PARTS, USES_DP4A,
             )  # fmt: skip
             fine_bound = _bound(
-                _pick(score, is_nth) + fine, _pick(width, is_nth), fine_row, bias_ptr, norms_ptr, fine_errors_ptr, token_norm, residual,
-                factor, threshold, float_unit, IS_EXACT, 1,
+                _pick(score, is_nth) + fine, _pick(width, is_nth), fine_row, bias_ptr, norms_ptr, fine_errors_ptr,
+                token_norm, residual, factor, threshold, float_unit, IS_EXACT, 1,
             )  # fmt: skip
             tl.store(mask_ptr + fine_row, (~_is_settled(fine_bound)).to(tl.int8))
             if KEEP_BOUNDS:
@@ -215,6 +214,9 @@ def _bound_rows(
 
 class DeviceScorer:
     """Bounds of one layer's neurons for up to `n_tokens` tokens, on the device where the codes lie."""
+
+    uses_dp4a = not triton.knobs.runtime.interpret
+    """The GPU's own dot product of bytes; else the same in plain whole numbers."""
 
     def __init__(
         self, rows: CodedRows, margin: Margin, failure_probability: float, threshold: float = 1.0, planes: int = 2
@@ -229,7 +231,6 @@ class DeviceScorer:
         self._factor = (exact if self._is_exact else 1.0) * _MARGIN_SLACK
         self._threshold = threshold
         self._float_unit = (5.2 * (self.n_groups + 40) + 1.7 * (GROUP + 4)) * 2.0**-24
-        self._uses_dp4a = not triton.knobs.runtime.interpret
 
     def sum_tokens(self, x: Tensor, sums: TokenSums) -> None:
         """Fill `sums`. x: (n_tokens, hidden) float32, contiguous."""
@@ -250,10 +251,11 @@ class DeviceScorer:
         options = {} if shape.registers is None else {"maxnreg": shape.registers}
         _bound_rows[(triton.cdiv(self.n_neurons, shape.rows), len(x))](
             sums.codes, sums.steps, sums.squares, sums.coarse_offsets, sums.fine_offsets, sums.norms,
-            self._coarse, self._fine, rows.scales, rows.bias, rows.norms, rows.coarse_error_norms, rows.fine_error_norms,
+            self._coarse, self._fine, rows.scales, rows.bias,
+            rows.norms, rows.coarse_error_norms, rows.fine_error_norms,
             mask, mask if bounds is None else bounds, n_fine_rows, self.n_neurons,
             self._factor, self._threshold, self._float_unit,
-            IS_EXACT=self._is_exact, PLANES=self.planes, KEEP_BOUNDS=bounds is not None, USES_DP4A=self._uses_dp4a,
+            IS_EXACT=self._is_exact, PLANES=self.planes, KEEP_BOUNDS=bounds is not None, USES_DP4A=self.uses_dp4a,
             ROWS=shape.rows, OPEN_ROWS=shape.open_rows,
             WORDS=min(shape.words, triton.next_power_of_2(self.n_groups * GROUP_WORDS)), N_GROUPS=self.n_groups,
             N_CODES=token_codes.N_CODES, GROUP_WORDS=GROUP_WORDS,

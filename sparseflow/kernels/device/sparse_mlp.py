@@ -16,10 +16,10 @@ from sparseflow.kernels.device.placement import N_CANDIDATES, PlacedStep
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the kernel is cut. programs: that share the candidates; each writes a sum of its own.
+    """How the kernels are cut. programs: that share the candidates; each writes a sum of its own.
 
-    at_once: bytes of a half of their bundles that a program has under way. warps: of such a program. columns: that a
-    program adds up in the end.
+    at_once: bytes that a program reads together, of one half of its bundles. warps: of such a program. columns: of y,
+    for which a program adds those sums.
     """
 
     programs: int = 132
@@ -84,7 +84,7 @@ def _multiply(
         slot = tl.load(slots_ptr + k, mask=k < n_neurons, other=0)
     tl.store(parts_ptr + (token * N_PROGRAMS + tl.program_id(0)) * hidden + column, total, mask=is_column)
     if n_active > 0:
-        tl.atomic_add(n_active_ptr, n_active.to(tl.int64))
+        tl.atomic_add(n_active_ptr, tl.cast(n_active, tl.int64))
 
 
 @triton.jit
@@ -108,7 +108,6 @@ class MLPScratch:
     """Memory for the programs' sums, for up to `n_tokens` tokens. Shared by the layers of a model."""
 
     def __init__(self, n_tokens: int, n_neurons: int, hidden: int, device: torch.device) -> None:
-        self.n_neurons = n_neurons
         self.parts = torch.empty(n_tokens, min(_MOST_PROGRAMS, n_neurons), hidden, device=device)
 
 
@@ -131,12 +130,12 @@ def sparse_mlp(
     """
     n_tokens, hidden = x.shape
     itemsize, shape = slab.element_size(), SHAPE
-    n_programs = min(shape.programs, scratch.n_neurons)
+    n_programs = min(shape.programs, scratch.parts.shape[1])
     block = triton.next_power_of_2(hidden)
     is_aligned = all(n % 16 == 0 for n in (hidden * itemsize, stride_nbytes, host_address, slab.data_ptr()))
     _multiply[(n_programs, n_tokens)](
-        slab, host_address, rows, stride_nbytes // itemsize, step.ids, step.slots, step.counts[N_CANDIDATES:], fc1_bias, x,
-        scratch.parts, n_active, scratch.n_neurons, hidden,
+        slab, host_address, rows, stride_nbytes // itemsize,
+        step.ids, step.slots, step.counts[N_CANDIDATES:], fc1_bias, x, scratch.parts, n_active, len(step.slots), hidden,
         IS_ALIGNED=is_aligned, BLOCK=block, AT_ONCE=triton.next_power_of_2(shape.candidates(block * itemsize)),
         N_PROGRAMS=n_programs, num_warps=shape.warps,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Tokens as scoring on a GPU reads them: 16-bit codes, cut and packed for dot products of bytes, and what bounds need.
 
 x^_j = step_g c_j with whole c_j from -32767 to 32767; 32767 steps are the largest |x_j| of the group. A coded row is
-read 32 bits at a time, two words of `store.codes`: columns p and p + 1, and those 32, 64 and 96 on. Its codes at bits 0,
-8, 16, 24 are the even ones, of columns p, p + 64, p + 1, p + 65; those at bits 4, 12, 20, 28 the odd ones, 32 columns
-on. With c = 256 high + low, four high bytes (signed) make a word in the same order, and four low bytes (unsigned) too.
+read 32 bits at a time, two words of `store.codes`: columns p and p + 1, and those 32, 64 and 96 on. Codes at bits 0, 8,
+16, 24 are the even ones, of columns p, p + 64, p + 1, p + 65; those at bits 4, 12, 20, 28 the odd ones, 32 columns on.
+With c = 256 high + low, four high bytes (signed) make a word in the same order, and four low bytes (unsigned) too.
 
 All sums are float32; what that takes from a bound is worked out in `scoring`.
 """
@@ -30,9 +30,10 @@ class TokenSums:
     """What scoring knows of some tokens.
 
     codes: (n_tokens, N_CODES, n_groups * GROUP_WORDS) int32, packed as above; a start is -8 times the sum of the eight
-    codes that a word of a row meets, so that the row's count from -8 to 7. steps, squares, coarse_offsets, fine_offsets:
-    (n_tokens, n_groups) float32: x's step; ||x_g||^2 or a little more; and one of `PARTS` of what a plane's dither adds
-    to a score for each step of the row. norms: (n_tokens, 2) float32: ||x|| and ||x - x^||, or a little more.
+    codes that a word of a row meets, so that the row's count from -8 to 7. steps, squares, coarse_offsets and
+    fine_offsets: (n_tokens, n_groups) float32: x's step; ||x_g||^2 or a little more; and one of `PARTS` of what a
+    plane's dither adds to a score for each step of the row. norms: (n_tokens, 2) float32: ||x|| and ||x - x^||, or a
+    little more.
     """
 
     def __init__(self, n_tokens: int, n_groups: int, device: torch.device) -> None:

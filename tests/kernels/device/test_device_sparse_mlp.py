@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from sparseflow.kernels.device import sparse_mlp as kernels
 from sparseflow.kernels.device.ops import LayerMemory, PlainOps, ReachableBundles, TritonOps
 from sparseflow.kernels.device.placement import PlacedStep, Placement
 from sparseflow.kernels.device.sparse_mlp import sparse_mlp_ref
 
+FEW_PROGRAMS = kernels.Shape(programs=7, at_once=2**10)  # so that each takes several lots of candidates
 TOLERANCE = {torch.float16: 1e-5, torch.bfloat16: 1e-5, torch.float32: 1e-5}
 
 
@@ -20,6 +22,12 @@ def layer_memory(n_neurons: int, n_slots: int, hidden: int, dtype: torch.dtype, 
     biases = torch.randn(n_neurons, device=device), torch.randn(hidden, device=device)
     n_active = torch.zeros(1, dtype=torch.int64, device=device)
     return LayerMemory(Placement(n_neurons, n_slots, device), slab, *biases, n_active)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    if device.type == "cpu":  # where each takes its time
+        monkeypatch.setattr(kernels, "SHAPE", FEW_PROGRAMS)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -51,6 +59,11 @@ def test_from_slots_and_host_memory_as_in_float64(
         size = expected.norm() + residual.norm() + 1e-6
         assert (y.double() - expected - residual.double()).norm() / size < TOLERANCE[dtype]
     assert abs(int(layer.n_active) - expected_active) <= 1  # one pre-activation may lie at 0
+
+
+def test_few_programs_and_small_lots_will_do(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SHAPE", FEW_PROGRAMS)
+    test_from_slots_and_host_memory_as_in_float64("triton", torch.float16, 50, 132, 1, device)
 
 
 def test_a_sum_is_the_same_each_time(device: torch.device) -> None:

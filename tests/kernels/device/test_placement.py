@@ -1,9 +1,12 @@
 """Device slots are given as a plain list of neurons would be kept, and no two neurons ever share one."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from sparseflow.errors import BadRequest
+from sparseflow.kernels.device import placement as module
 from sparseflow.kernels.device.placement import (
     HALVING_STEPS,
     N_CANDIDATES,
@@ -11,6 +14,7 @@ from sparseflow.kernels.device.placement import (
     N_PLACED,
     PlacedStep,
     Placement,
+    Shape,
 )
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,6 +108,24 @@ def test_long_runs_forget_what_was_used_long_ago() -> None:
         ids = sorted(torch.multinomial(weights, 24, generator=generator).tolist())
         fast.place(mask_of(set(ids), n_neurons), step)
         check(fast, step, model, ids)
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(block=16, listed=8, by_bins=False), Shape(block=64, listed=32, warps=16)], ids=str
+)
+def test_how_the_kernel_is_cut_changes_nothing(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHAPE", shape)
+    fast, model = Placement(100, 30, HERE), Model(30)
+    step = PlacedStep.empty(100, HERE)
+    for share in (0.2, 0.5, 0.3, 0.3, 0.3):
+        ids = (torch.rand(100) < share).nonzero().flatten().tolist()
+        fast.place(mask_of(set(ids), 100), step)
+        check(fast, step, model, ids)
+
+
+def test_more_slots_than_can_be_counted_are_refused() -> None:
+    with pytest.raises(BadRequest, match="at most 65535"):
+        Placement(70000, 70000, HERE).place(torch.zeros(1, 70000, dtype=torch.int8), PlacedStep.empty(70000, HERE))
 
 
 def test_a_range_of_the_candidates_is_placed_as_if_there_were_no_others() -> None:

@@ -1,0 +1,120 @@
+"""Bundles reach a device by whatever way works, and the text is the same."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import opt_family
+import pytest
+import torch
+from fake_driver import FakeDriver
+
+from sparseflow import DiskWeightStore, OffloadStrategy, SparseOPTForCausalLM
+from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles
+from sparseflow.orchestration import transport
+from sparseflow.orchestration.device_coordinator import DeviceCoordinator
+from sparseflow.orchestration.transport import Pull, Staging, lock_memory, open_transport
+
+MakeFolder = Callable[[str, str], Path]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def store(family_checkpoint: MakeFolder) -> DiskWeightStore:
+    """Copied to memory of its own, as for a GPU."""
+    return DiskWeightStore(family_checkpoint("base", "float32")).initialize_from_pretrained(for_device=True)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """Stands for the GPU's."""
+    fake = FakeDriver()
+    monkeypatch.setattr("sparseflow.cuda.driver.CudaDriver", lambda number: fake)
+    return fake
+
+
+def bundle_like(store: DiskWeightStore) -> torch.Tensor:
+    return torch.empty(2, store.profile.hidden_dimension)
+
+
+def test_staging_brings_what_was_fetched(store: DiskWeightStore) -> None:
+    ids = np.array([3, 70, 255], np.uint32)
+    staging = Staging("no lock", 10, bundle_like(store), CPU)
+    bundles = store.fetch(1, ids).wait(FETCH_TIMEOUT_S)
+    reach, rows = staging.fetched(bundles)
+    resident = store.resident_bundles(1)
+    assert resident is not None
+    assert torch.equal(reach.bundles[rows.long()], resident[ids.astype(np.int64)])
+    assert staging.resident(resident) is None
+
+
+def test_a_model_that_stages_says_the_same(family_checkpoint: MakeFolder) -> None:
+    checkpoint = family_checkpoint("base", "float32")
+    plain = SparseOPTForCausalLM.from_pretrained(checkpoint)
+    staged = SparseOPTForCausalLM.from_pretrained(checkpoint, strategy=OffloadStrategy(device_cache="copy"))
+    coordinator, profile = staged.coordinator, staged.source.profile
+    assert isinstance(coordinator, DeviceCoordinator)
+    coordinator.transport = Staging("a test", profile.ffn_dimension, torch.empty(2, profile.hidden_dimension), CPU)
+    ids = opt_family.random_ids(plain.config, 1, 9)
+    texts = [model.generate(ids, max_new_tokens=12, do_sample=False) for model in (plain, staged)]
+    assert torch.equal(*texts)
+    assert staged.device_report()["transport"] == "staging"
+    assert staged.device_report()["transport_reason"] == "a test"
+
+
+def test_memory_of_its_own_is_page_locked_and_let_go(store: DiskWeightStore, driver: FakeDriver) -> None:
+    pull = open_transport(store, GPU, 10)
+    assert isinstance(pull, Pull)
+    bundles = store.resident_bundles(1)
+    assert bundles is not None
+    memory = store.host_memory()
+    assert memory is not None
+    assert pull.resident(bundles).address == driver.host_device_pointer(memory.address) + bundles.nbytes
+    assert pull.is_of(store)
+    pull._lock.close()
+    assert driver.leaks() == {}
+
+
+def test_where_page_locking_fails_staging_says_why(
+    store: DiskWeightStore, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = store.host_memory()
+    assert memory is not None
+    driver.host_limit = 0
+    reason = lock_memory(memory, GPU)
+    assert isinstance(reason, str)
+    assert "page-locked, then" in reason
+    monkeypatch.setattr(transport, "Staging", lambda reason, *_: reason)
+    assert "page-locked, then" in open_transport(store, GPU, 10)
+
+
+def test_mapped_files_are_not_page_locked(family_checkpoint: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = DiskWeightStore(family_checkpoint("base", "float32")).initialize_from_pretrained()
+    assert mapped.host_memory() is None
+    monkeypatch.setattr(transport, "Staging", lambda reason, *_: reason)
+    assert "mapped files" in open_transport(mapped, GPU, 10)
+
+
+def test_copied_bundles_are_those_of_the_files(store: DiskWeightStore, family_checkpoint: MakeFolder) -> None:
+    mapped = DiskWeightStore(family_checkpoint("base", "float32")).initialize_from_pretrained()
+    for layer in range(store.profile.num_layers):
+        one, other = store.resident_bundles(layer), mapped.resident_bundles(layer)
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert store.status().io == "copy"
+    assert store.status().memory["private"] == store.profile.neurons_nbytes
+    fetched = store.fetch(0, np.array([7], np.uint32)).wait(FETCH_TIMEOUT_S)
+    assert isinstance(fetched, HostBundles)
+
+
+def test_page_locks_take_turns_in_a_file_of_ones_own(
+    store: DiskWeightStore, driver: FakeDriver, tmp_path: Path
+) -> None:
+    memory = store.host_memory()
+    assert memory is not None
+    lock = lock_memory(memory, GPU)
+    assert not isinstance(lock, str)
+    lock.close()
+    assert (Path(transport.tempfile.gettempdir()) / f"sparseflow-page-lock-{os.getuid()}").exists()
