@@ -55,6 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=default.gpu_timeout_s,
         help="seconds that the server's child on a GPU may take for anything until it is ended",
     )
+    parser.add_argument(
+        "--share-dense-gpu",
+        type=int,
+        metavar="DEVICE",
+        default=default.share_dense_gpu,
+        help="keep dense weights and predictors once on this GPU, for all inference processes there",
+    )
     parser.add_argument("--detach", action="store_true", help="leave it running, and return once it is ready")
     return parser
 
@@ -87,6 +94,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_sessions=arguments.max_sessions,
         drain_timeout_s=arguments.drain_timeout,
         gpu_timeout_s=arguments.gpu_timeout,
+        share_dense_gpu=arguments.share_dense_gpu,
     )
     claim = Claim(RunDirectory.of(config.name))
     try:

@@ -32,6 +32,9 @@ class ServerConfig:
     gpu_timeout_s: float = 10.0
     """How long the server's child on a GPU may take for anything; then it is ended. To start, three times that."""
 
+    share_dense_gpu: int | None = None
+    """The number of a GPU on which dense weights and predictors are kept once, for all inference processes there."""
+
     def __post_init__(self) -> None:
         if not self.stores:
             raise BadRequest("no store to serve; name at least one")
@@ -47,3 +50,5 @@ class ServerConfig:
             raise BadRequest(f"drain_timeout_s={self.drain_timeout_s}: give seconds, 0 or more")
         if not self.gpu_timeout_s > 0:
             raise BadRequest(f"gpu_timeout_s={self.gpu_timeout_s}: give seconds, more than 0")
+        if self.share_dense_gpu is not None and self.share_dense_gpu < 0:
+            raise BadRequest(f"share_dense_gpu={self.share_dense_gpu}: give a GPU's number, 0 or more")

@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve on a socket until it ends. Returns 0, or 1 where the GPU cannot be used, or not any longer."""
     parser = argparse.ArgumentParser(prog="python -m sparseflow_daemon.gpu_child", description=__doc__)
-    parser.add_argument("--uuid", type=bytes.fromhex, required=True, help="of the GPU")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--uuid", type=bytes.fromhex, help="of the GPU")
+    which.add_argument("--device", type=int, help="the GPU's number among those that are visible")
     parser.add_argument("--socket", type=int, required=True, help="a descriptor that was inherited")
     parser.add_argument("--library", default=LIBRARY, help="the driver's")
     arguments = parser.parse_args(argv)
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with socket.socket(fileno=arguments.socket) as sock:
         sock.set_inheritable(False)
         try:
-            _serve_on(sock, arguments.uuid, arguments.library)
+            library = Library(arguments.library)
+            number = device_of_uuid(arguments.uuid, library) if arguments.uuid else arguments.device
+            _serve_on(sock, number, library)
         except (ServerError, OSError) as error:  # the server is gone
             _log.debug("%s", error)
         except SparseFlowError as error:
@@ -56,10 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def _serve_on(sock: socket.socket, uuid: bytes, library_name: str) -> None:
-    library = Library(library_name)
-    with CudaDriver(device_of_uuid(uuid, library), library) as driver:
-        send_packet(sock, ChildReady(driver.device_name()))
+def _serve_on(sock: socket.socket, number: int, library: Library) -> None:
+    with CudaDriver(number, library) as driver:
+        send_packet(sock, ChildReady(driver.device_name(), driver.device_uuid()))
         work = GpuWork(driver)
         try:
             serve(sock, work)

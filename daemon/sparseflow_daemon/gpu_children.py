@@ -54,6 +54,8 @@ class GpuChild:
     must_be_dead_by_s: float = float("inf")
     """Set when it was told to end, and again when it was killed."""
     is_killed: bool = False
+    is_lender: bool = False
+    """It stays, whether it is asked anything or not."""
 
     @property
     def uuid(self) -> bytes:
@@ -69,9 +71,9 @@ class GpuChildren:
         Args:
             timeout_s: how long a child may take for anything.
         """
-        self.on_told: Callable[[Told], None] = lambda told: None
-        """Called with each answer."""
-        self.on_gone: Callable[[GpuChild, list[object]], None] = lambda child, unanswered: None
+        self.on_told: list[Callable[[Told], None]] = []
+        """Called with each answer, whoever has asked."""
+        self.on_gone: list[Callable[[GpuChild, list[object]], None]] = []
         """Called when a child is dead, with whose questions it has left unanswered."""
         self.records: dict[bytes, GpuRecord] = {}
         self._loop, self._timeout_s = loop, timeout_s
@@ -84,15 +86,25 @@ class GpuChildren:
             ServerError: none can be started.
         """
         for child in self._children:
-            if child.uuid == uuid and child.desk.is_usable:
+            if child.uuid == uuid and child.desk.is_usable and not child.is_lender:
                 return child
+        return self._start(self.records.setdefault(uuid, GpuRecord(uuid)), ["--uuid", uuid.hex()])
+
+    def start_lender(self, device: int) -> GpuChild:
+        """A new child on the GPU of a number, that does nothing but keep what others read there.
+
+        Raises:
+            ServerError: none can be started.
+        """
+        child = self._start(GpuRecord(b""), ["--device", str(device)])
+        child.is_lender = True
+        return child
+
+    def _start(self, record: GpuRecord, arguments: list[str]) -> GpuChild:
         if len(self._children) >= _MOST_CHILDREN:
             raise ServerError(f"{len(self._children)} GPU children run; a host has no more GPUs than that")
-        return self._start(uuid)
-
-    def _start(self, uuid: bytes) -> GpuChild:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "sparseflow_daemon.gpu_child", "--uuid", uuid.hex()]
+        command = [sys.executable, "-m", "sparseflow_daemon.gpu_child", *arguments]
         try:
             with theirs:
                 process = subprocess.Popen(
@@ -108,7 +120,6 @@ class GpuChildren:
                 f"a child for the GPU cannot be started ({error}); see the limits of this user"
             ) from error
         ours.setblocking(False)
-        record = self.records.setdefault(uuid, GpuRecord(uuid))
         record.starts += 1
         start_timeout_s = _START_FACTOR * self._timeout_s
         desk = GpuDesk(time.monotonic(), start_timeout_s=start_timeout_s, answer_timeout_s=self._timeout_s)
@@ -116,7 +127,7 @@ class GpuChildren:
         self._children.append(child)
         self._loop.watch(ours.fileno(), lambda: self._on_packets(child))
         self._loop.watch(pidfd, lambda: self._on_death(child))
-        _log.info("child of pid %d on %s", process.pid, format_uuid(uuid))
+        _log.info("GPU child of pid %d: %s", process.pid, " ".join(arguments))
         return child
 
     @property
@@ -158,7 +169,8 @@ class GpuChildren:
                 self._end(child, str(error))
                 return
             for each in told:
-                self.on_told(each)
+                for listener in self.on_told:
+                    listener(each)
             if child.desk.is_usable:
                 self._send(child)
         else:
@@ -176,7 +188,7 @@ class GpuChildren:
                     self._kill(child)
             elif why := child.desk.overdue(now):
                 self._end(child, why)
-            elif child.slabs or child.desk.is_waiting:
+            elif child.slabs or child.is_lender or child.desk.is_waiting:
                 child.idle_since_s = now
                 self._send(child)
             elif child.desk.is_usable and now >= child.idle_since_s + _IDLE_S:
@@ -217,8 +229,10 @@ class GpuChildren:
             child.desk.why += f" ({how})"
             child.record.errors += 1
             child.record.last_error = child.desk.why
-            _log.error("child of pid %d on %s: %s", child.process.pid, format_uuid(child.uuid), child.desk.why)
-        self.on_gone(child, child.desk.gone())
+            _log.error("GPU child of pid %d: %s", child.process.pid, child.desk.why)
+        unanswered = child.desk.gone()
+        for listener in self.on_gone:
+            listener(child, unanswered)
 
     def status(self) -> list[dict[str, Any]]:
         """Of each GPU that was used."""

@@ -14,20 +14,23 @@ from sparseflow.protocol.device_messages import (
     ChildReady,
     CloseSlab,
     CopyBundles,
+    LoadRegions,
     OpenSlab,
+    RegionsLoaded,
     SlabClosed,
     SlabOpened,
 )
 from sparseflow.protocol.messages import ErrorReply, Message
 
 State = Literal["starting", "ready", "ending", "gone"]
-Question = OpenSlab | CopyBundles | CloseSlab
+Question = OpenSlab | CopyBundles | CloseSlab | LoadRegions
 
 _MOST_AT_ONCE = 2  # one is done while the next lies there
 _LAST_ANSWER: dict[type[Question], type[Message]] = {
     OpenSlab: SlabOpened,
     CopyBundles: BundlesCopied,
     CloseSlab: SlabClosed,
+    LoadRegions: RegionsLoaded,
 }
 
 
@@ -38,6 +41,8 @@ class Ask:
     message: Question
     about: object
     descriptors: tuple[int, ...] = ()
+    more_time_s: float = 0.0
+    """That it may take, beside what every question may."""
     deadline_s: float = field(default=float("inf"), init=False)
     """When the child is ended unless it has answered; set as it is sent, and again when it has answered in part."""
     is_recorded: bool = field(default=False, init=False)
@@ -54,7 +59,7 @@ class GpuDesk:
         self.state: State = "starting"
         self.why = ""
         """Of its end."""
-        self.device_name = ""
+        self.device_name, self.device_uuid = "", b""
         self._start_timeout_s, self._answer_timeout_s = start_timeout_s, answer_timeout_s
         self._start_deadline_s = now + start_timeout_s
         self._queued: deque[Ask] = deque()
@@ -83,7 +88,7 @@ class GpuDesk:
     def sent(self, now: float) -> None:
         """The next question is on its way."""
         ask = self._queued.popleft()
-        ask.deadline_s = now + self._answer_timeout_s
+        ask.deadline_s = now + self._answer_timeout_s + ask.more_time_s
         self._sent[ask.message.request_id] = ask
 
     def hear(self, message: Message, now: float) -> list[Told]:
@@ -94,7 +99,8 @@ class GpuDesk:
         """
         match message:
             case ChildReady() if self.state == "starting":
-                self.state, self.device_name = "ready", message.device_name
+                self.state = "ready"
+                self.device_name, self.device_uuid = message.device_name, message.device_uuid
                 return []
             case ErrorReply(request_id=0):
                 self.end(message.text)
@@ -114,8 +120,8 @@ class GpuDesk:
             return f"it was not ready within {self._start_timeout_s:g} s"
         for ask in self._sent.values():
             if now >= ask.deadline_s and self.is_usable:
-                what = type(ask.message).__name__
-                return f"it did not finish {what} within {self._answer_timeout_s:g} s (--gpu-timeout)"
+                what, allowed_s = type(ask.message).__name__, self._answer_timeout_s + ask.more_time_s
+                return f"it did not finish {what} within {allowed_s:g} s (--gpu-timeout)"
         return ""
 
     def end(self, why: str) -> None:

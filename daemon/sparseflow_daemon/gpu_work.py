@@ -15,11 +15,14 @@ from sparseflow.protocol.device_messages import (
     BundlesRecorded,
     CloseSlab,
     CopyBundles,
+    LoadRegions,
     OpenSlab,
+    RegionsLoaded,
     SlabClosed,
     SlabOpened,
 )
 from sparseflow.protocol.messages import ErrorReply, Message
+from sparseflow_daemon.gpu_regions import LentRegions
 from sparseflow_daemon.gpu_slab import ClientSlab
 
 _log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class GpuWork:
         self._driver, self._close_timeout_s = driver, close_timeout_s
         self._slabs: dict[int, ClientSlab] = {}
         self._arenas: dict[str, NDArray[np.uint8]] = {}
+        self._lent: dict[str, LentRegions] = {}
 
     def handle(self, message: Message, descriptors: list[int]) -> list[Message]:
         """Replies to one message. Descriptors are closed.
@@ -67,6 +71,8 @@ class GpuWork:
                 return self._copy(message)
             case CloseSlab():
                 return [*self._close(message.slab), SlabClosed(message.request_id)]
+            case LoadRegions():
+                return [self._load(message, descriptors)]
         raise ServerError(f"{type(message).__name__} is not taken by a GPU child")
 
     def copied(self) -> list[Message]:
@@ -86,13 +92,15 @@ class GpuWork:
         return any(slab.is_copying for slab in self._slabs.values())
 
     def close(self) -> None:
-        """Close all slabs. May be called twice.
+        """Close all slabs, and free what was lent: others have unmapped it by now. May be called twice.
 
         Raises:
             GpuBroken: the device does not come to an end.
         """
         for number in list(self._slabs):
             self._close(number)
+        while self._lent:
+            self._lent.popitem()[1].close()
 
     def _open(self, message: OpenSlab, descriptors: list[int]) -> Message:
         if message.slab in self._slabs:
@@ -137,6 +145,13 @@ class GpuWork:
             return [BundlesCopied(push) for push in slab.close(self._close_timeout_s)]
         except DeviceError as error:
             raise GpuBroken(f"a slab cannot be closed: {error}") from error
+
+    def _load(self, message: LoadRegions, descriptors: list[int]) -> Message:
+        if message.model in self._lent:
+            raise BadRequest(f"model {message.model} is loaded")
+        names, sizes = ([region[key] for region in message.regions] for key in ("name", "nbytes"))
+        lent = self._lent[message.model] = LentRegions(self._driver, names, sizes, descriptors)
+        return RegionsLoaded(message.request_id, dict(lent.ticket.to_dict()), dict(lent.offsets))
 
     def _refusal(self, request_id: int, error: SparseFlowError) -> ErrorReply:
         """

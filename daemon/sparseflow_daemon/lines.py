@@ -8,10 +8,18 @@ from contextlib import suppress
 
 from sparseflow.errors import BadRequest, Draining, Resync, ServerError, SparseFlowError
 from sparseflow.protocol.codec import decode, encode
-from sparseflow.protocol.device_messages import PushNeurons, RegisterDevice, UnregisterDevice
+from sparseflow.protocol.device_messages import (
+    BorrowDense,
+    DenseLent,
+    PushNeurons,
+    RegisterDevice,
+    ReturnDense,
+    UnregisterDevice,
+)
 from sparseflow.protocol.messages import AcquireNeurons, ErrorReply, HintNeurons, Message, ReleaseLeases
 from sparseflow.protocol.packets import PACKET_NBYTES
 from sparseflow_daemon.leasing import Leasing, Outgoing
+from sparseflow_daemon.lending import Lending
 from sparseflow_daemon.loop import Loop
 from sparseflow_daemon.pushing import Pushing
 from sparseflow_daemon.sessions import Session
@@ -23,7 +31,9 @@ _MOST_LINES = 64  # of one session: threads that fetch
 class Lines:
     """Those of all sessions."""
 
-    def __init__(self, loop: Loop, leasings: Mapping[str, Leasing], pushing: Pushing, epoch: int) -> None:
+    def __init__(
+        self, loop: Loop, leasings: Mapping[str, Leasing], pushing: Pushing, lending: Lending, epoch: int
+    ) -> None:
         """
         Args:
             leasings: by the models' names.
@@ -33,7 +43,8 @@ class Lines:
         self.n_errors = 0
         """Unforeseen ones."""
         self._loop, self._leasings, self._pushing, self._epoch = loop, leasings, pushing, epoch
-        pushing.send = self.send
+        self._lending = lending
+        pushing.send = lending.send = self.send
         self._sockets: dict[bytes, socket.socket] = {}
 
     def add(self, session: Session, sock: socket.socket) -> None:
@@ -56,7 +67,10 @@ class Lines:
             if sock is None:
                 continue
             try:
-                sock.send(encode(message))
+                if isinstance(message, DenseLent):
+                    socket.send_fds(sock, [encode(message)], [self._lending.pidfd])
+                else:
+                    sock.send(encode(message))
             except OSError as error:  # it is gone; or does not read its answers, and will see that it missed some
                 _log.debug("%s was not delivered: %s", type(message).__name__, error)
                 with suppress(OSError):
@@ -125,6 +139,11 @@ class Lines:
                 return []
             case UnregisterDevice():
                 return self._pushing.unregister(session, key, message)
+            case BorrowDense():
+                self._require_going_on(session, leasing, [])
+                return self._lending.borrow(session, key, message)
+            case ReturnDense():
+                return self._lending.give_back(session, key, message)
             case HintNeurons():
                 leasing.hint(session, message)
                 return []

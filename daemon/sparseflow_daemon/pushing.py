@@ -88,8 +88,8 @@ class Pushing:
         self._slabs: dict[Session, Slab] = {}
         self._pushes: dict[bytes, Push] = {}
         self._lost: dict[Session, ServerError] = {}  # why a session has no slab any more
-        children.on_told = self._on_told
-        children.on_gone = self._on_gone
+        children.on_told.append(self._on_told)
+        children.on_gone.append(self._on_gone)
 
     @property
     def n_pushes(self) -> int:

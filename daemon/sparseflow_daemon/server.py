@@ -17,6 +17,7 @@ import zmq
 
 from sparseflow.errors import BadRequest, Draining, NoAnswer, NotPermitted, Resync, ServerError, SparseFlowError
 from sparseflow.protocol.codec import MOST_NBYTES, Undecodable, decode, encode
+from sparseflow.protocol.device_messages import ServerEnds
 from sparseflow.protocol.messages import (
     Attach,
     Detach,
@@ -34,6 +35,7 @@ from sparseflow_daemon.admission import Greeting, greet, model_for, open_session
 from sparseflow_daemon.config import ServerConfig
 from sparseflow_daemon.gpu_children import GpuChildren
 from sparseflow_daemon.leasing import Leasing
+from sparseflow_daemon.lending import Lending
 from sparseflow_daemon.lines import Lines
 from sparseflow_daemon.loop import Loop
 from sparseflow_daemon.pushing import Pushing
@@ -61,7 +63,9 @@ class Server:
         self.loop = Loop()
         self.children = GpuChildren(self.loop, config.gpu_timeout_s)
         self.pushing = Pushing(self.children, self.leasings, self.epoch)
-        self._lines = Lines(self.loop, self.leasings, self.pushing, self.epoch)
+        self.lending = Lending(self.children, config.share_dense_gpu, self.epoch)
+        self._lines = Lines(self.loop, self.leasings, self.pushing, self.lending, self.epoch)
+        self._were_told: set[Session] = set()
         self._n_errors = 0
         self.last_tick_s = time.monotonic()
         self.loader = threading.Thread(target=self._load, name="loader", daemon=True)
@@ -205,8 +209,26 @@ class Server:
         self.on_tick()
 
     def _is_drained(self) -> bool:
+        if not self.is_draining:
+            return False
+        self._tell_borrowers()
         is_busy = self.pushing.n_pushes or any(session.leases for session in self.sessions.values())
-        return self.is_draining and (not is_busy or time.monotonic() >= self._drained_by_s)
+        if not is_busy and not self.lending.borrowers:
+            return True
+        is_late = time.monotonic() >= self._drained_by_s
+        if is_late and (n := len(self.lending.borrowers)):
+            _log.warning("%d sessions have not returned the weights on the GPU in time; they are freed now", n)
+        return is_late
+
+    def _tell_borrowers(self) -> None:
+        """Once to each: what is lent to them is about to go."""
+        new = self.lending.borrowers - self._were_told
+        if new:
+            _log.info("waiting for %d sessions to return the weights on the GPU", len(new))
+        for session in new:
+            self._were_told.add(session)
+            with suppress(OSError):
+                send_packet(session.sock, ServerEnds(self.epoch))
 
     # --- models
 
@@ -225,6 +247,7 @@ class Server:
         if model.state == "ready" and model.name not in self.leasings:
             self.leasings[model.name] = Leasing(model, self.epoch)
             self.loop.watch(model.event_fd, lambda: self._on_reads(model))
+            self.lending.begin(model)
 
     def _on_reads(self, model: ServedModel) -> None:
         model.clear_event()
@@ -344,6 +367,8 @@ class Server:
         self.loop.unwatch(session.pidfd)
         self._lines.hang_up(session)
         self.pushing.forget(session)
+        self.lending.forget(session)
+        self._were_told.discard(session)
         self.leasings[session.model.name].forget(session)
         session.close()
         _log.info("session of pid %d is over", session.pid)

@@ -27,6 +27,8 @@ def reasons(server: "Server") -> list[str]:
     for leasing in server.leasings.values():
         if leasing.last_error is not None:
             found.append(f"{leasing.n_errors} requests failed at the disk, the last: {leasing.last_error}")
+    if server.lending.last_error is not None:
+        found.append(server.lending.last_error)
     if server.n_errors:
         found.append(f"{server.n_errors} unforeseen errors, see the log")
     for thread in threads(server):
@@ -75,6 +77,7 @@ def content(server: "Server") -> dict[str, Any]:
             _session(session) | {"transport": server.pushing.transport(session)} for session in server.sessions.values()
         ],
         "gpu_children": server.children.status(),
+        "shared_dense": server.lending.status(),
         "threads": threads(server),
     }
 

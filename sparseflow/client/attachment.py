@@ -11,7 +11,7 @@ from sparseflow.client.shared_map import SharedMap
 from sparseflow.core.tensor_views import view_bundles
 from sparseflow.engine.mapping import Mapping
 from sparseflow.errors import NoAnswer, ProtocolMismatch, ServerError, ServerNotRunning, of_wire_code
-from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Attach, Detach, ErrorReply, Welcome
+from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Attach, Detach, Detached, ErrorReply, Welcome
 from sparseflow.protocol.packets import receive_packet, send_packet
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow.protocol.session_counters import SessionCounters
@@ -103,6 +103,18 @@ class Attachment:
                 self.is_over = True
         return self.is_over
 
+    def has_news(self) -> bool:
+        """Whether the server has said something on the session, which it does when it is about to end."""
+        if self.is_over:
+            return True
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
     def close_descriptors(self) -> None:
         """What they stand for is mapped by now. May be called twice."""
         for fd in self.descriptors.values():
@@ -116,7 +128,8 @@ class Attachment:
             self.sock.settimeout(max(0.01, deadline - time.monotonic()))
             with suppress(OSError, ServerError):
                 send_packet(self.sock, Detach())
-                receive_packet(self.sock)
+                while not isinstance(receive_packet(self.sock)[0], Detached):  # before it, maybe, that the server ends
+                    pass
         self._let_go()
 
     def abandon(self) -> None:

@@ -4,6 +4,7 @@ Each thread that fetches has a line of its own: nothing is locked, and every rep
 """
 
 import itertools
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -15,7 +16,15 @@ from numpy.typing import NDArray
 from sparseflow.client.attachment import Attachment
 from sparseflow.errors import BadRequest, NoAnswer, Resync, ServerError, ServerNotRunning, of_wire_code
 from sparseflow.protocol.codec import decode, encode
-from sparseflow.protocol.device_messages import DeviceRegistered, DeviceUnregistered, NeuronsPushed, PushNeurons
+from sparseflow.protocol.device_messages import (
+    BorrowDense,
+    DenseLent,
+    DenseReturned,
+    DeviceRegistered,
+    DeviceUnregistered,
+    NeuronsPushed,
+    PushNeurons,
+)
 from sparseflow.protocol.messages import (
     AcquireNeurons,
     ErrorReply,
@@ -28,7 +37,16 @@ from sparseflow.protocol.messages import (
 )
 from sparseflow.protocol.packets import PACKET_NBYTES
 
-Reply = NeuronsLeased | NeuronsReady | NeuronsPushed | DeviceRegistered | DeviceUnregistered | ErrorReply
+Reply = (
+    NeuronsLeased
+    | NeuronsReady
+    | NeuronsPushed
+    | DeviceRegistered
+    | DeviceUnregistered
+    | DenseLent
+    | DenseReturned
+    | ErrorReply
+)
 _SEND_TIMEOUT_S = 10.0
 
 
@@ -49,6 +67,7 @@ class Line:
         self._awaited: set[int] = set()
         self._replies: dict[int, list[Reply]] = {}
         self._released: list[int] = []
+        self._descriptors: list[int] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_SEND_TIMEOUT_S)
         try:
@@ -94,6 +113,21 @@ class Line:
         self._awaited.add(request_id)
         self._send(build(request_id, self._epoch))
         return request_id
+
+    def borrow_dense(self, device_uuid: bytes, deadline_s: float) -> tuple[Reply, int | None]:
+        """What becomes of a BorrowDense; beside DenseLent a descriptor of the lender, which is the caller's to close.
+
+        Raises:
+            NoAnswer: there is no reply by then. ServerNotRunning: there will be none.
+        """
+        request_id = self.ask(lambda request_id, epoch: BorrowDense(request_id, epoch, device_uuid))
+        try:
+            while request_id not in self._replies:
+                self._receive(deadline_s, with_descriptors=True)
+            return self.reply(request_id, deadline_s), self._descriptors.pop() if self._descriptors else None
+        finally:
+            while self._descriptors:
+                os.close(self._descriptors.pop())
 
     def reply(self, request_id: int, deadline_s: float) -> Reply:
         """What a request is told next: where its bundles are leased, or at last what became of it.
@@ -159,11 +193,15 @@ class Line:
             while True:
                 self._receive(0)
 
-    def _receive(self, deadline_s: float) -> None:
+    def _receive(self, deadline_s: float, *, with_descriptors: bool = False) -> None:
         """Take one reply, and keep it for whoever waits; what nobody waits for any more is dropped."""
         self._socket.settimeout(max(deadline_s - time.monotonic(), 0))
         try:
-            content = self._socket.recv(PACKET_NBYTES)
+            if with_descriptors:
+                content, fds, _, _ = socket.recv_fds(self._socket, PACKET_NBYTES, 1)
+                self._descriptors += fds
+            else:
+                content = self._socket.recv(PACKET_NBYTES)
         except (TimeoutError, BlockingIOError) as error:
             raise NoAnswer("the server said nothing in time; is it stopped, or its disk?") from error
         except OSError as error:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from sparseflow.client.attachment import Attachment
 from sparseflow.client.device_push import MOST_PUSHED, DevicePush, DevicePushed
+from sparseflow.client.lent_dense import LentDense
 from sparseflow.client.line import Line
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.host_bundles import MappedFetch
@@ -90,6 +91,7 @@ class WeightClient:
         self._wait_s = 0.0
         self._looked_s = 0.0
         self._pushing: DevicePush | None = None
+        self._lent: list[LentDense] = []
         self.attachment = Attachment(name, model or "", dict(expected or {}), load_timeout_s)
         self.model = self.attachment.welcome.model
         self.profile = self.attachment.profile
@@ -229,6 +231,28 @@ class WeightClient:
         if pushing is not None and not self._is_forked:
             pushing.close()
 
+    def borrow_dense(self, device_index: int = 0, *, driver: Driver | None = None) -> LentDense:
+        """Dense weights and predictors as the server has them on a GPU (`--share-dense-gpu`).
+
+        It is returned by its own `close`, at the latest by that of this source.
+
+        Args:
+            device_index: among the GPUs that are visible here.
+            driver: of that device, where there is one already.
+
+        Raises:
+            NoDevice, DeviceError, BadRequest: the server lends nothing, or on another GPU. ServerError: it cannot.
+        """
+        self._require_own()
+        parts = {name: self._parts[name] for name in ("dense", "predictors")}
+        if driver is not None:
+            lent = LentDense(self, driver, self._part, parts)
+        else:
+            own = CudaDriver(device_index)
+            lent = LentDense(self, own, self._part, parts, on_close=own.close)
+        self._lent.append(lent)
+        return lent
+
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""
         attachment = self.attachment
@@ -269,10 +293,12 @@ class WeightClient:
         with self._lock:
             if self._is_closed:
                 return
-            try:
-                self.close_push()
-            except SparseFlowError as error:
-                _log.warning("a slab was not closed: %s", error)
+            for close in [self.close_push, *(lent.close for lent in self._lent)]:
+                try:
+                    close()
+                except SparseFlowError as error:
+                    _log.warning("what a GPU has of this session was not closed: %s", error)
+            self._lent.clear()
             self._is_closed = True
             if self._is_forked:
                 return

@@ -11,6 +11,13 @@
     UnregisterDevice            ->                  CloseSlab                      ->
                                 <-  DeviceUnregistered                             <-    SlabClosed
 
+*lending*: a child of its own has dense weights and predictors on a GPU, for all sessions to read there.
+
+    BorrowDense                 ->  once it has them                               <-    RegionsLoaded
+                                <-  DenseLent
+    ReturnDense                 ->
+                                <-  DenseReturned
+
 Where something cannot be done ErrorReply comes instead, on either way. The child's with request_id 0 says that it ends.
 Places are slots of a slab, 4 bytes each, in the order of the ids. Tickets are those of `sparseflow.cuda.tickets`.
 """
@@ -60,6 +67,25 @@ class PushNeurons:
     timeout_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class BorrowDense:
+    """Read dense weights and predictors where the server has them on a GPU. Answered by DenseLent or ErrorReply."""
+
+    KIND: ClassVar[int] = 11
+    request_id: int
+    epoch: int
+    device_uuid: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnDense:
+    """They are not mapped any more. Answered by DenseReturned."""
+
+    KIND: ClassVar[int] = 12
+    request_id: int
+    epoch: int
+
+
 # --- to the inference process, on a line
 
 
@@ -92,7 +118,51 @@ class NeuronsPushed:
     counts: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class DenseLent:
+    """Comes with a descriptor of the process that has them: where that ends, they are not to be touched any more.
+
+    slab: a SlabTicket of all. offsets: where in it the regions `dense` and `predictors` begin.
+    """
+
+    KIND: ClassVar[int] = 26
+    request_id: int
+    epoch: int
+    slab: dict[str, Any]
+    offsets: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseReturned:
+    """Nothing is lent to this session."""
+
+    KIND: ClassVar[int] = 27
+    request_id: int
+    epoch: int
+
+
+# --- to the inference process, on its session
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEnds:
+    """A notice to whom something is lent: return it soon, for the server is about to end."""
+
+    KIND: ClassVar[int] = 28
+    epoch: int
+
+
 # --- to a GPU child
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRegions:
+    """Comes with a descriptor for each region: `name`, `nbytes`. Answered by RegionsLoaded or ErrorReply."""
+
+    KIND: ClassVar[int] = 35
+    request_id: int
+    model: str
+    regions: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +210,7 @@ class ChildReady:
 
     KIND: ClassVar[int] = 48
     device_name: str
+    device_uuid: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +246,16 @@ class SlabClosed:
     request_id: int
 
 
+@dataclass(frozen=True, slots=True)
+class RegionsLoaded:
+    """They lie on the GPU for good. slab, offsets: as in DenseLent."""
+
+    KIND: ClassVar[int] = 53
+    request_id: int
+    slab: dict[str, Any]
+    offsets: dict[str, Any]
+
+
 DeviceMessage = (
     RegisterDevice
     | UnregisterDevice
@@ -190,4 +271,11 @@ DeviceMessage = (
     | BundlesRecorded
     | BundlesCopied
     | SlabClosed
+    | BorrowDense
+    | ReturnDense
+    | DenseLent
+    | DenseReturned
+    | ServerEnds
+    | LoadRegions
+    | RegionsLoaded
 )

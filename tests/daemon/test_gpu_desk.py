@@ -42,7 +42,7 @@ def closing(number: int) -> Ask:
 
 
 def make_ready(desk: GpuDesk) -> None:
-    desk.hear(ChildReady("GPU"), 100.0)
+    desk.hear(ChildReady("GPU", bytes(16)), 100.0)
 
 
 def send_all(desk: GpuDesk, now: float = 100.0) -> list[int]:
@@ -90,7 +90,7 @@ def test_each_question_ends_with_its_answer_or_an_error(ask: Ask, answer: Messag
 
 
 @pytest.mark.parametrize(
-    "message", [SlabOpened(1, {}), BundlesRecorded(2), SlabClosed(1), ChildReady("x"), CloseSlab(1, 1)]
+    "message", [SlabOpened(1, {}), BundlesRecorded(2), SlabClosed(1), ChildReady("x", bytes(16)), CloseSlab(1, 1)]
 )
 def test_what_a_child_may_not_say_is_an_error(desk: GpuDesk, message: Message) -> None:
     make_ready(desk)
@@ -165,7 +165,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.desk.state == "starting")
     @rule()
     def ready(self) -> None:
-        self.desk.hear(ChildReady("x"), self.now)
+        self.desk.hear(ChildReady("x", bytes(16)), self.now)
 
     @rule()
     def send(self) -> None:

@@ -5,16 +5,13 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from children_in_process import ChildrenInProcess
 from fake_driver import FakeDriver, World
 from shards import Shards, some_ids
-from sparseflow_daemon.gpu_children import GpuChild, GpuRecord
-from sparseflow_daemon.gpu_desk import Ask, GpuDesk
-from sparseflow_daemon.gpu_work import GpuWork
 from sparseflow_daemon.leasing import Leasing
 from sparseflow_daemon.pushing import Pushing
 from sparseflow_daemon.sessions import Session
@@ -22,10 +19,7 @@ from sparseflow_daemon.sessions import Session
 from sparseflow.cuda.ipc import ExportedSlab
 from sparseflow.engine.engine import Engine
 from sparseflow.errors import BadRequest, ServerError, SparseFlowError
-from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.device_messages import (
-    BundlesCopied,
-    ChildReady,
     DeviceRegistered,
     DeviceUnregistered,
     NeuronsPushed,
@@ -48,64 +42,6 @@ class Served:
         self.engine = Engine(shards.folder, shards.manifest, N_SLOTS, io="buffered", shared=True)
         assert self.engine.arena.memory is not None
         self.regions = {"arena": self.engine.arena.memory}
-
-
-class ChildrenInProcess:
-    """Children whose every step is the test's. Messages travel as bytes."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.on_told: Any = None
-        self.on_gone: Any = None
-        self.alive: list[GpuChild] = []
-        self.works: dict[GpuChild, GpuWork] = {}
-        self.drivers: dict[GpuChild, FakeDriver] = {}
-        self.now = 0.0
-
-    def of(self, uuid: bytes) -> GpuChild:
-        for child in self.alive:
-            if child.uuid == uuid and child.desk.is_usable:
-                return child
-        desk = GpuDesk(self.now, start_timeout_s=30, answer_timeout_s=10)
-        nothing: Any = SimpleNamespace()
-        child = GpuChild(GpuRecord(uuid), desk, nothing, nothing, -1)
-        self.alive.append(child)
-        self.drivers[child] = FakeDriver(self.world)
-        self.works[child] = GpuWork(self.drivers[child])
-        return child
-
-    def ask(self, child: GpuChild, ask: Ask) -> None:
-        child.desk.ask(ask)
-
-    def step(self, child: GpuChild) -> None:
-        """It gets ready, or does the next thing, and the server hears of it."""
-        if child.desk.state == "starting":
-            self._hear(child, ChildReady("x"))
-            return
-        ask = child.desk.to_send()
-        if ask is not None:
-            child.desk.sent(self.now)
-            for reply in self.works[child].handle(decode(encode(ask.message)), [os.dup(fd) for fd in ask.descriptors]):
-                self._hear(child, reply)
-        for reply in self.works[child].copied():
-            self._hear(child, reply)
-
-    def settle(self) -> None:
-        while busy := [child for child in self.alive if child.desk.is_waiting]:
-            for child in busy:
-                self.step(child)
-
-    def die(self, child: GpuChild) -> None:
-        """As when it is killed: the driver takes back what it had."""
-        child.desk.end("it was killed")
-        self.alive.remove(child)
-        for allocation in self.drivers[child].opened.values():
-            allocation.n_opened -= 1
-        self.on_gone(child, child.desk.gone())
-
-    def _hear(self, child: GpuChild, message: Message) -> None:
-        for told in child.desk.hear(decode(encode(message)), self.now):
-            self.on_told(told)
 
 
 class Client:
@@ -248,7 +184,7 @@ def test_session_is_told_when_the_event_is_recorded_and_the_lease_ends_when_all_
         assert ask is not None
         child.desk.sent(0.0)
         for reply in desk.children.works[child].handle(ask.message, []):
-            desk.children._hear(child, reply)
+            desk.children.hear(child, reply)
             told.append(1)
     assert isinstance(replies[0], NeuronsPushed)
     assert open_client.session.n_leased == 3
@@ -323,7 +259,7 @@ def test_dead_child_answers_everything_once_and_says_what_was_not_copied_to_its_
         assert ask is not None
         child.desk.sent(0.0)
         if ask.about.__class__.__name__ == "Push":
-            desk.children._hear(child, desk.children.works[child].handle(ask.message, [])[0])
+            desk.children.hear(child, desk.children.works[child].handle(ask.message, [])[0])
     assert isinstance(recorded[0], NeuronsPushed)
     asked = desk.push(open_client, 1, range(5), range(5))
     desk.progress()
@@ -429,4 +365,3 @@ def test_bytes_are_right_while_slots_are_taken_again_and_again(
         assert np.array_equal(open_client.content(places), desk.shards.content(layer, ids))
     (child,) = desk.children.alive
     assert child.record.pushes == 100
-    assert BundlesCopied(1) == BundlesCopied(1)

@@ -20,14 +20,18 @@ from sparseflow.errors import BadRequest, ProtocolMismatch
 from sparseflow.protocol import codec, device_messages, messages
 from sparseflow.protocol.codec import MOST_NBYTES, Undecodable, decode, encode
 from sparseflow.protocol.device_messages import (
+    BorrowDense,
     BundlesCopied,
     BundlesRecorded,
     ChildReady,
     CloseSlab,
     CopyBundles,
+    LoadRegions,
     OpenSlab,
     PushNeurons,
+    RegionsLoaded,
     RegisterDevice,
+    ReturnDense,
     SlabClosed,
     SlabOpened,
     UnregisterDevice,
@@ -151,6 +155,8 @@ WIRE = {
     8: ("RegisterDevice", "request_id epoch slab"),
     9: ("UnregisterDevice", "request_id epoch"),
     10: ("PushNeurons", "request_id epoch layer ids places released timeout_s"),
+    11: ("BorrowDense", "request_id epoch device_uuid"),
+    12: ("ReturnDense", "request_id epoch"),
     17: (
         "Welcome",
         "epoch session server_pid model profile identity regions is_resident n_slots fetch_limit layer_s scattered_s "
@@ -164,14 +170,19 @@ WIRE = {
     23: ("DeviceRegistered", "request_id epoch event"),
     24: ("DeviceUnregistered", "request_id epoch"),
     25: ("NeuronsPushed", "request_id epoch counts"),
+    26: ("DenseLent", "request_id epoch slab offsets"),
+    27: ("DenseReturned", "request_id epoch"),
+    28: ("ServerEnds", "epoch"),
     32: ("OpenSlab", "request_id slab ticket model n_slots slot_nbytes"),
     33: ("CopyBundles", "request_id slab slots places"),
     34: ("CloseSlab", "request_id slab"),
-    48: ("ChildReady", "device_name"),
+    35: ("LoadRegions", "request_id model regions"),
+    48: ("ChildReady", "device_name device_uuid"),
     49: ("SlabOpened", "request_id event"),
     50: ("BundlesRecorded", "request_id"),
     51: ("BundlesCopied", "request_id"),
     52: ("SlabClosed", "request_id"),
+    53: ("RegionsLoaded", "request_id slab offsets"),
 }
 
 
@@ -221,10 +232,10 @@ def test_kinds_are_unique_and_tell_who_receives_them() -> None:
     kinds = [cls.KIND for cls in ALL]
     assert len(set(kinds)) == len(kinds)
     to_server = {Attach, Detach, Join, AcquireNeurons, HintNeurons, ReleaseLeases, StatusRequest}
-    to_server |= {RegisterDevice, UnregisterDevice, PushNeurons}
+    to_server |= {RegisterDevice, UnregisterDevice, PushNeurons, BorrowDense, ReturnDense}
     assert {cls for cls in ALL if cls.KIND < 16} == to_server
-    assert {cls for cls in ALL if 32 <= cls.KIND < 48} == {OpenSlab, CopyBundles, CloseSlab}
-    of_child = {ChildReady, SlabOpened, BundlesRecorded, BundlesCopied, SlabClosed}
+    assert {cls for cls in ALL if 32 <= cls.KIND < 48} == {OpenSlab, CopyBundles, CloseSlab, LoadRegions}
+    of_child = {ChildReady, SlabOpened, BundlesRecorded, BundlesCopied, SlabClosed, RegionsLoaded}
     assert {cls for cls in ALL if cls.KIND >= 48} == of_child
 
 

@@ -16,7 +16,7 @@ from sparseflow.kernels.device.placement import N_CANDIDATES, PlacedStep
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the kernels are cut. programs: that share the candidates; each writes a sum of its own.
+    """How the kernels are cut. programs: that share the candidates, of all tokens; each writes a sum of its own.
 
     at_once: bytes that a program reads together, of one half of its bundles. warps: of such a program. columns: of y,
     for which a program adds those sums.
@@ -33,7 +33,8 @@ class Shape:
 
 
 SHAPE = Shape()
-_MOST_PROGRAMS = 264  # of any shape
+_MOST_PROGRAMS = 264  # of any shape, for few tokens
+_FEWEST_PROGRAMS = 8  # of a token
 
 
 @triton.jit
@@ -108,7 +109,8 @@ class MLPScratch:
     """Memory for the programs' sums, for up to `n_tokens` tokens. Shared by the layers of a model."""
 
     def __init__(self, n_tokens: int, n_neurons: int, hidden: int, device: torch.device) -> None:
-        self.parts = torch.empty(n_tokens, min(_MOST_PROGRAMS, n_neurons), hidden, device=device)
+        n_parts = max(_MOST_PROGRAMS, _FEWEST_PROGRAMS * n_tokens)
+        self.parts = torch.empty(min(n_parts, n_neurons * n_tokens), hidden, device=device)
 
 
 def sparse_mlp(
@@ -130,7 +132,7 @@ def sparse_mlp(
     """
     n_tokens, hidden = x.shape
     itemsize, shape = slab.element_size(), SHAPE
-    n_programs = min(shape.programs, scratch.parts.shape[1])
+    n_programs = min(max(shape.programs // n_tokens, _FEWEST_PROGRAMS), len(step.slots))
     block = triton.next_power_of_2(hidden)
     is_aligned = all(n % 16 == 0 for n in (hidden * itemsize, stride_nbytes, host_address, slab.data_ptr()))
     _multiply[(n_programs, n_tokens)](
