@@ -23,25 +23,24 @@ from sparseflow.client.attachment import Attachment
 from sparseflow.client.device_push import MOST_PUSHED, DevicePush, DevicePushed
 from sparseflow.client.lent_dense import LentDense
 from sparseflow.client.line import Line
+from sparseflow.client.served_fetch import ServedFetch
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.host_bundles import MappedFetch
 from sparseflow.core.tensor_views import predictors_by_layer, view_tensors
-from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Early, Fetch, HostBundles, HostMemory, SourceStatus
+from sparseflow.core.weight_source import Fetch, HostBundles, HostMemory, SourceStatus
 from sparseflow.cuda.driver import CudaDriver, Driver
 from sparseflow.engine.counts import FetchCounts, ReadTimes
 from sparseflow.errors import (
     BadRequest,
     Draining,
     NoAnswer,
-    Resync,
     ServerError,
     ServerNotRunning,
     SparseFlowError,
-    of_wire_code,
 )
 from sparseflow.protocol.inquiry import ask_status
 from sparseflow.protocol.measured_recall import MeasuredRecall
-from sparseflow.protocol.messages import TOLD_COUNTS, ErrorReply, NeuronsLeased, NeuronsReady
+from sparseflow.protocol.messages import TOLD_COUNTS
 from sparseflow.store.manifest import DENSE_NAME
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ LOAD_TIMEOUT_S = 600.0
 RECONNECT_TIMEOUT_S = 30.0
 _RETRY_S = 0.05
 _STRATEGY_FIELDS = ("aggressive_offload", "arena_eviction")
-_NONE = np.empty(0, np.uint32)
 _CLIENTS: "weakref.WeakSet[WeightClient]" = weakref.WeakSet()
 
 
@@ -411,106 +409,6 @@ class WeightClient:
     def note_wait(self, seconds: float) -> None:
         """Count time that a fetch was waited for."""
         self._wait_s += seconds
-
-
-class ServedFetch:
-    """A fetch of the server's engine: asked for when it is made, leased until it is released."""
-
-    __slots__ = ("_client", "_ids", "_is_ready", "_keep", "_layer", "_line", "_missing", "_request_id", "_slots")
-
-    def __init__(self, client: WeightClient, layer: int, ids: NDArray[np.uint32], keep: bool) -> None:
-        self._client, self._layer, self._ids, self._keep = client, layer, ids, keep
-        self._ask()
-
-    def early(self) -> Early:
-        """As `Fetch.early`; waits until the server says where the bundles are leased."""
-        deadline_s = time.monotonic() + FETCH_TIMEOUT_S
-        while self._slots is None:
-            self._hear(deadline_s)
-        positions = np.arange(len(self._slots))
-        if len(self._missing):
-            is_there = np.ones(len(self._slots), bool)
-            is_there[self._missing] = False
-            positions = is_there.nonzero()[0]
-        return Early(HostBundles(self._line.attachment.bundles, self._slots[positions]), positions)
-
-    def wait(self, timeout_s: float) -> HostBundles:
-        """As `Fetch.wait`."""
-        begin_s = time.monotonic()
-        while not self._is_ready or self._slots is None:
-            self._hear(begin_s + timeout_s)
-        self._client.note_wait(time.monotonic() - begin_s)
-        return HostBundles(self._line.attachment.bundles, self._slots)
-
-    def release(self) -> None:
-        """As `Fetch.release`; told with the next request, after the last layer at once."""
-        self._release(at_once=self._layer + 1 == self._client.profile.num_layers)
-
-    def __enter__(self) -> "ServedFetch":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.release()
-        else:
-            self._release(at_once=True)
-
-    def _ask(self) -> None:
-        self._slots: NDArray[np.uint32] | None = None
-        self._missing = _NONE
-        self._is_ready = False
-        while True:
-            attachment = self._client.attachment
-            try:
-                self._line = self._client.line()
-                self._request_id = self._line.acquire(self._layer, self._ids, FETCH_TIMEOUT_S, keep=self._keep)
-                return
-            except ServerNotRunning:
-                self._client.recover(attachment)
-
-    def _hear(self, deadline_s: float) -> None:
-        """Take one more reply, from this server or from the one that takes its place."""
-        try:
-            reply = self._line.reply(self._request_id, deadline_s)
-        except ServerNotRunning:
-            self._ask_successor()
-            return
-        if isinstance(reply, ErrorReply):
-            error = of_wire_code(reply.code, reply.text)
-            if not isinstance(error, Resync | Draining):
-                raise error
-            self._ask_successor()
-            return
-        if not isinstance(reply, NeuronsLeased | NeuronsReady):
-            raise ServerError(f"the server answered a fetch with {type(reply).__name__}; is it of our version?")
-        if self._slots is None:
-            self._slots = self._checked(reply.slots, len(self._line.attachment.bundles))
-            if len(self._slots) != len(self._ids):
-                raise ServerError(f"the server leased {len(self._slots)} slots for {len(self._ids)} neurons")
-        if isinstance(reply, NeuronsLeased):
-            self._missing = self._checked(reply.missing, len(self._ids))
-        else:
-            self._is_ready = True
-
-    def _checked(self, content: bytes, limit: int) -> NDArray[np.uint32]:
-        numbers = np.frombuffer(content, "<u4")
-        if len(numbers) and int(numbers.max()) >= limit:
-            raise ServerError(f"the server named {numbers.max()} of {limit} slots or neurons; is it of our version?")
-        return numbers
-
-    def _ask_successor(self) -> None:
-        self._client.recover(self._line.attachment)
-        self._ask()
-
-    def _release(self, *, at_once: bool) -> None:
-        request_id, self._request_id = self._request_id, 0
-        if request_id and not self._line.attachment.is_over:
-            try:
-                self._line.release(request_id, at_once=at_once)
-            except ServerError:  # it has ended, and its leases with it
-                self._line.attachment.is_over = True
 
 
 def _after_fork() -> None:

@@ -146,8 +146,8 @@ class TokenStep:
                 multiply(x, attention.qkv_weight.view(-1, attention.embed_dim), bias, self._qkv)
                 attend(self._qkv, self._caches[n], self._position, attention.scaling, self._attended, stream)
                 multiply(self._attended, attention.out_proj.weight, attention.out_proj.bias, stream, stream)
-            normalise(stream, mlp_norm.weight, mlp_norm.bias, mlp_norm.eps, x)
-            self._coordinator.run_on(n, self._hosts[n], x, stream, stream)
+            self._coordinator.normalise_and_choose(n, stream, mlp_norm, x)
+            self._coordinator.run_chosen(n, self._hosts[n], x, stream, stream)
         norm = decoder.final_layer_norm
         normalise(stream, norm.weight, norm.bias, norm.eps, x)
         multiply(x, self._model.lm_head.weight, None, self._logits)

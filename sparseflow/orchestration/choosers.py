@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import LayerNorm
+from torch.nn.functional import layer_norm
 
 from sparseflow.kernels.bounds import CodedRows, Margin
 from sparseflow.orchestration.low_rank import LowRank
 
 if TYPE_CHECKING:
+    from sparseflow.kernels.device.token_codes import TokenSums
     from sparseflow.orchestration.neuron_predictor import LayerPredictor
 
 
@@ -26,6 +29,10 @@ class Chooser(Protocol):
 
     def choose(self, x: Tensor, mask: Tensor) -> None:
         """Fill the mask. x: (n_tokens, hidden) float32, contiguous. Does not wait for the device."""
+        ...
+
+    def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
+        """The same for one token, once x is filled, (1, hidden), with the norm of the stream, (1, hidden)."""
         ...
 
     def take_nbytes_beyond(self) -> int:
@@ -46,7 +53,8 @@ class ChooserByCodes:
         device: torch.device,
     ) -> None:
         """As `kernels.bounds.candidates` is told; rows are copied, without the fine plane where it is not read."""
-        from sparseflow.kernels.device.scoring import DeviceScorer, TokenSums
+        from sparseflow.kernels.device.scoring import DeviceScorer
+        from sparseflow.kernels.device.token_codes import TokenSums
 
         fine = rows.fine if planes > 1 else rows.fine[:0]
         there = CodedRows(*(tensor.to(device) for tensor in rows._replace(fine=fine)))
@@ -59,10 +67,20 @@ class ChooserByCodes:
 
     def choose(self, x: Tensor, mask: Tensor) -> None:
         """As `Chooser.choose`."""
-        if self._sums is None or len(self._sums.norms) < len(x):
-            self._sums = self._make_sums(len(x))
-        self._scorer.sum_tokens(x, self._sums)
-        self._scorer.select(x, self._sums, mask, self._n_fine_rows)
+        sums = self._sums_for(len(x))
+        self._scorer.sum_tokens(x, sums)
+        self._scorer.select(x, sums, mask, self._n_fine_rows)
+
+    def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
+        """As `Chooser.normalise_and_choose`."""
+        sums = self._sums_for(1)
+        self._scorer.normalise(stream, norm.weight, norm.bias, norm.eps, x, sums)
+        self._scorer.select(x, sums, mask, self._n_fine_rows)
+
+    def _sums_for(self, n_tokens: int) -> "TokenSums":
+        if self._sums is None or len(self._sums.steps) < n_tokens:
+            self._sums = self._make_sums(n_tokens)
+        return self._sums
 
     def take_nbytes_beyond(self) -> int:
         """As `Chooser.take_nbytes_beyond`: rows of the fine plane."""
@@ -81,6 +99,13 @@ class ChooserByLowRank:
     def choose(self, x: Tensor, mask: Tensor) -> None:
         """As `Chooser.choose`."""
         torch.logical_not(self._low_rank.scores(x) <= 0, out=mask)
+
+    def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
+        """As `Chooser.normalise_and_choose`."""
+        from sparseflow.kernels.device.norm import normalise
+
+        normalise(stream, norm.weight, norm.bias, norm.eps, x)
+        self.choose(x, mask)
 
     def take_nbytes_beyond(self) -> int:
         """As `Chooser.take_nbytes_beyond`."""
@@ -101,6 +126,11 @@ class ChooserOnHost:
         """As `Chooser.choose`: for the first token, what any of them needs."""
         mask.zero_()
         mask[0, torch.from_numpy(self._predictor.select(x).astype(np.int64))] = 1
+
+    def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
+        """As `Chooser.normalise_and_choose`."""
+        x.copy_(layer_norm(stream.float(), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps))
+        self.choose(x, mask)
 
     def take_nbytes_beyond(self) -> int:
         """As `Chooser.take_nbytes_beyond`."""

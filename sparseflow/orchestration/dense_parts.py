@@ -125,13 +125,17 @@ class DenseParts:
         if host is None:
             self._fetch(layer, first, part, transport)
         elif self._device.type == "cpu" or turn is None:
-            part.copy_(host.bundles[first : first + len(part)])
+            self._copy(host, first, part)
         else:
             here = torch.cuda.current_stream(self._device)
             self._stream.wait_event(self._is_read[turn])
             with torch.cuda.stream(self._stream):
-                part.copy_(host.bundles[first : first + len(part)], non_blocking=True)
+                self._copy(host, first, part)
             here.wait_stream(self._stream)
+
+    def _copy(self, host: ReachableBundles, first: int, part: Tensor) -> None:
+        for begin, end in host.pieces(first, len(part)):
+            part[begin - first : end - first].copy_(host.bundles[begin:end], non_blocking=True)
 
     def _fetch(self, layer: int, first: int, part: Tensor, transport: Transport) -> None:
         ids = np.arange(first, first + len(part), dtype=np.uint32)

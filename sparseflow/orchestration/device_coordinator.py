@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import LayerNorm
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Fetch, WeightSource
 from sparseflow.engine.counts import FetchCounts
@@ -128,26 +129,43 @@ class DeviceCoordinator:
         host = self.reach(layer)
         if host is None:
             return False
-        self.run_on(layer, host, x, y, residual)
+        self.choose(layer, x)
+        self.run_chosen(layer, host, x, y, residual)
         return True
 
-    def run_on(self, layer: int, host: ReachableBundles, x: Tensor, y: Tensor, residual: Tensor | None) -> None:
-        """The same, with what `reach` found: nothing here depends on the host, so that a graph can hold it."""
-        memory, step, mask = self.layers[layer], self.step, self.mask[: len(x)]
-        if self.predictor is None:
-            self.ops.compute(memory, host, step.missing, step, x, y, residual)
-            return
-        self.choosers[layer].choose(x, mask)
-        self.ops.place(memory, mask, step, 0, self._n_neurons)
-        self.ops.gather(host, step.missing, step.places, step.counts, memory.slab)
+    def choose(self, layer: int, x: Tensor) -> None:
+        """Which neurons a step computes; all, without a predictor. x: (n_tokens, hidden) float32."""
+        if self.choosers:
+            self.choosers[layer].choose(x, self.mask[: len(x)])
+
+    def normalise_and_choose(self, layer: int, stream: Tensor, norm: LayerNorm, x: Tensor) -> None:
+        """The same for one token: x, (1, hidden) float32, becomes the norm of the stream first."""
+        if self.choosers:
+            self.choosers[layer].normalise_and_choose(stream, norm, x, self.mask[:1])
+        else:
+            from sparseflow.kernels.device.norm import normalise
+
+            normalise(stream, norm.weight, norm.bias, norm.eps, x)
+
+    def run_chosen(self, layer: int, host: ReachableBundles, x: Tensor, y: Tensor, residual: Tensor | None) -> None:
+        """A step once its neurons are chosen: nothing here depends on the host, so that a graph can hold it.
+
+        Args:
+            host: what `reach` found.
+            x, y, residual: as `run` is told.
+        """
+        memory, step = self.layers[layer], self.step
+        if self.choosers:
+            self.ops.place(memory, self.mask[: len(x)], step, 0, self._n_neurons)
+            self.ops.gather(host, step.missing, step.places, step.counts, memory.slab)
         self.ops.compute(memory, host, step.missing, step, x, y, residual)
 
     def can_step(self) -> bool:
-        """Whether `run_on` computes a layer as it should: sparse always, dense once every neuron is in its own slot."""
+        """Whether `run_chosen` computes a layer as it should: sparse always, dense once every neuron is in its own slot."""
         return self.predictor is not None or self.dense_parts.holds_all()
 
     def note_token(self) -> None:
-        """A token was decoded by `run_on` in all layers."""
+        """A token was decoded by `run_chosen` in all layers."""
         self.source.note_tokens(1)
         self._nbytes_moved += self._streamed_nbytes
         if self.predictor is None:
@@ -157,7 +175,7 @@ class DeviceCoordinator:
     def _run_fetching(self, layer: int, x: Tensor, y: Tensor) -> None:
         """One sparse step; the host learns what is missing, and fetches it. In parts, where slots or leases are few."""
         memory, step, mask = self.layers[layer], self.step, self.mask[: len(x)]
-        self.choosers[layer].choose(x, mask)
+        self.choose(layer, x)
         most = min(memory.placement.n_slots, self.source.fetch_limit)
         n_candidates = int(mask.any(0).sum())
         for first in range(0, max(n_candidates, 1), most):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.weight_source import HostMemory
-from sparseflow.cuda.page_lock import PageLock
+from sparseflow.cuda.page_lock import PageLock, whole_pages
 from sparseflow.engine.arena import Arena
 from sparseflow.orchestration.transport import lock_memory
 
@@ -31,6 +31,7 @@ class LayerStream:
         for name, weight in layers[0].items():
             self._places[name] = end, weight
             end += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
+        end = whole_pages(end)
         self.n_layers, self.layer_nbytes = len(layers), end
         self._arena = Arena(len(layers), end)
         for slot, weights in zip(self._arena.slots, layers, strict=True):
@@ -120,4 +121,5 @@ class Turn:
 def _locked(slots: NDArray[np.uint8], device: torch.device) -> PageLock | str:
     if device.type != "cuda":
         return "the device is the CPU"
-    return lock_memory(HostMemory(slots.ctypes.data, slots.nbytes, is_read_only=False, owner=slots), device)
+    memory = HostMemory(slots.ctypes.data, slots.nbytes, is_read_only=False, owner=slots)
+    return lock_memory(memory, device, slots.shape[1])

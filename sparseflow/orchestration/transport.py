@@ -5,6 +5,8 @@ staging     where it cannot be page-locked: the CPU copies what is missing into 
 host        the device is the CPU
 """
 
+import math
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseflow.core.weight_source import HostBundles, HostMemory, WeightSource
-from sparseflow.cuda.page_lock import PageLock, whole_pages
+from sparseflow.cuda.page_lock import CHUNK_NBYTES, PageLock, whole_pages
 from sparseflow.errors import DeviceError
 from sparseflow.kernels.device.ops import ReachableBundles
 
@@ -55,7 +57,9 @@ class Pull:
 
     def resident(self, bundles: Tensor) -> ReachableBundles:
         """As `Transport.resident`."""
-        return ReachableBundles(bundles, self._address(bundles))
+        size = bundles.stride(0) * bundles.element_size()
+        n_before, n_between = (bundles.data_ptr() - self._lock.address) // size, self._lock.chunk_nbytes // size
+        return ReachableBundles(bundles, self._address(bundles), -n_before % n_between, n_between)
 
     def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
         """As `Transport.fetched`."""
@@ -141,7 +145,7 @@ def open_transport(source: WeightSource, device: torch.device, n_staged: int) ->
     memory, profile = source.host_memory(), source.profile
     reason = "the weights are mapped files, which drivers may not page-lock"
     if memory is not None:
-        lock = lock_memory(memory, device)
+        lock = lock_memory(memory, device, profile.bundle_nbytes)
         if isinstance(lock, PageLock):
             return Pull(lock, memory.owner, device)
         reason = lock
@@ -149,10 +153,14 @@ def open_transport(source: WeightSource, device: torch.device, n_staged: int) ->
     return Staging(reason, n_staged, bundle, device)
 
 
-def lock_memory(memory: HostMemory, device: torch.device) -> PageLock | str:
-    """Page-lock it, for the device to see in one piece; where that does not work, why."""
+def lock_memory(memory: HostMemory, device: torch.device, unit_nbytes: int) -> PageLock | str:
+    """Page-lock it, for the device to see in one piece; where that does not work, why.
+
+    unit_nbytes: what no edge between chunks may cut, as a copy reaches over none.
+    """
     from sparseflow.cuda.driver import CudaDriver
 
+    whole_nbytes = math.lcm(unit_nbytes, mmap.PAGESIZE)
     try:
         lock = PageLock(
             CudaDriver(device.index or 0),
@@ -160,6 +168,7 @@ def lock_memory(memory: HostMemory, device: torch.device) -> PageLock | str:
             whole_pages(memory.nbytes),
             read_only=memory.is_read_only,
             turn_path=Path(tempfile.gettempdir()) / f"sparseflow-page-lock-{os.getuid()}",
+            chunk_nbytes=max(1, CHUNK_NBYTES // whole_nbytes) * whole_nbytes,
         )
     except DeviceError as error:
         return str(error)

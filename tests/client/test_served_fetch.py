@@ -20,8 +20,9 @@ from server_by_hand import (
     ready,
 )
 
-from sparseflow.client import weight_client
-from sparseflow.client.weight_client import ServedFetch, WeightClient
+from sparseflow.client import served_fetch
+from sparseflow.client.served_fetch import ServedFetch
+from sparseflow.client.weight_client import WeightClient
 from sparseflow.core.weight_source import HostBundles
 from sparseflow.errors import NoAnswer, ServerError, ServerNotRunning, ShardCorrupt
 from sparseflow.protocol.codec import encode
@@ -201,7 +202,7 @@ def test_error_of_a_fetch_is_raised_by_whoever_asks_next(asked: Asked, after_lea
 def test_server_that_does_not_say_where_bundles_are_is_waited_for_until_the_deadline(
     asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_client, "FETCH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(served_fetch, "FETCH_TIMEOUT_S", 0.2)
     begin = time.monotonic()
     with pytest.raises(NoAnswer):
         asked.fetch.early()

@@ -1,8 +1,9 @@
-"""What is lent on a GPU: its bytes, who is told what and when, and what is left of it. No GPU, no process, no socket."""
+"""What is lent on a GPU: its bytes, who is told what and when, what is left of it. No GPU, no process, no socket."""
 
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -186,10 +187,8 @@ def test_whichever_call_fails_while_loading_nothing_is_left(rng: np.random.Gener
     arguments = list(SIZES), list(SIZES.values()), [region.fd for region in regions]
     for n in range(100):
         driver = FakeDriver(fail_at=n)
-        try:
+        with suppress(DeviceError):
             LentRegions(driver, *arguments).close()
-        except DeviceError as error:
-            assert "CUDA_ERROR_LAUNCH_FAILED" in str(error)
         assert driver.leaks() == {}, n
         assert driver.world.violations == []
         if len(driver.calls) <= n:

@@ -281,10 +281,10 @@ def test_a_stopped_server_is_told_from_one_that_is_gone(host: Host, shards: Serv
     client = host.client(
         """
 import time
-from sparseflow.client import weight_client
+from sparseflow.client import served_fetch
 from sparseflow.errors import NoAnswer
 
-weight_client.FETCH_TIMEOUT_S = 1.0
+served_fetch.FETCH_TIMEOUT_S = 1.0
 """
         + HOLD
         + """

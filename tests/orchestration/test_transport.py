@@ -1,8 +1,10 @@
 """Bundles reach a device by whatever way works, and the text is the same."""
 
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import opt_family
@@ -12,6 +14,7 @@ from fake_driver import FakeDriver
 
 from sparseflow import DiskWeightStore, OffloadStrategy, SparseOPTForCausalLM
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles
+from sparseflow.kernels.device.ops import ReachableBundles
 from sparseflow.orchestration import transport
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator
 from sparseflow.orchestration.transport import Pull, Staging, lock_memory, open_transport
@@ -76,13 +79,41 @@ def test_memory_of_its_own_is_page_locked_and_let_go(store: DiskWeightStore, dri
     assert driver.leaks() == {}
 
 
+def test_no_copy_reaches_over_an_edge_of_what_was_locked_together() -> None:
+    bundles = torch.empty(100, 2, 4)
+    assert ReachableBundles(bundles, 0).pieces(3, 50) == [(3, 53)]
+    for first_edge, n_between in ((0, 7), (3, 7), (6, 7), (50, 64)):
+        reach = ReachableBundles(bundles, 0, first_edge, n_between)
+        for first in range(0, 60):
+            for n in (1, 6, 7, 8, 40):
+                pieces = reach.pieces(first, n)
+                covered = [k for begin, end in pieces for k in range(begin, end)]
+                assert covered == list(range(first, first + n))
+                for begin, end in pieces:
+                    assert not any(k % n_between == first_edge % n_between for k in range(begin + 1, end))
+
+
+def test_chunks_of_a_lock_hold_whole_bundles(store: DiskWeightStore, driver: FakeDriver, monkeypatch: Any) -> None:
+    monkeypatch.setattr(transport, "CHUNK_NBYTES", 3 * mmap.PAGESIZE)
+    pull = open_transport(store, GPU, 10)
+    assert isinstance(pull, Pull)
+    profile, n_before = store.profile, store.profile.ffn_dimension
+    n_between = pull._lock.chunk_nbytes // profile.bundle_nbytes
+    assert pull._lock.chunk_nbytes == n_between * profile.bundle_nbytes
+    bundles = store.resident_bundles(1)
+    assert bundles is not None
+    reach = pull.resident(bundles)
+    assert (n_before + reach.first_edge) % n_between == 0
+    pull._lock.close()
+
+
 def test_where_page_locking_fails_staging_says_why(
     store: DiskWeightStore, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = store.host_memory()
     assert memory is not None
     driver.host_limit = 0
-    reason = lock_memory(memory, GPU)
+    reason = lock_memory(memory, GPU, store.profile.bundle_nbytes)
     assert isinstance(reason, str)
     assert "page-locked, then" in reason
     monkeypatch.setattr(transport, "Staging", lambda reason, *_: reason)
@@ -114,7 +145,7 @@ def test_page_locks_take_turns_in_a_file_of_ones_own(
 ) -> None:
     memory = store.host_memory()
     assert memory is not None
-    lock = lock_memory(memory, GPU)
+    lock = lock_memory(memory, GPU, store.profile.bundle_nbytes)
     assert not isinstance(lock, str)
     lock.close()
     assert (Path(transport.tempfile.gettempdir()) / f"sparseflow-page-lock-{os.getuid()}").exists()

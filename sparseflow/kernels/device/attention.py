@@ -62,7 +62,7 @@ def attend(qkv: Tensor, caches: Tensor, position: Tensor, scaling: float, y: Ten
         position: (1,), positions there are already; the token's own is written behind them.
         y: (n_heads * head_dim,) float32, to be filled.
         like: any tensor of the cache's dtype.
-    """  # noqa: D205, D212
+    """
     n_heads, _, head_dim = qkv.shape
     _attend[(n_heads,)](
         qkv, caches, position, y, scaling, like,

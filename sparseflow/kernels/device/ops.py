@@ -1,5 +1,6 @@
 """What a layer step does with device slots, as kernels for a GPU, and the same in plain PyTorch on any device."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,10 +12,25 @@ from sparseflow.kernels.device.placement import N_CANDIDATES, N_PLACED, PlacedSt
 
 @dataclass(frozen=True, slots=True)
 class ReachableBundles:
-    """Bundles in host memory. bundles: (n, 2, hidden). address: where the device sees the first of them."""
+    """Bundles in host memory. bundles: (n, 2, hidden). address: where the device sees the first of them.
+
+    A copy may not reach over the edges of what was page-locked in one piece, which a kernel may: those lie before the
+    bundles `first_edge`, `first_edge + n_between_edges` and so on. 0: there are none.
+    """
 
     bundles: Tensor
     address: int
+    first_edge: int = 0
+    n_between_edges: int = 0
+
+    def pieces(self, first: int, n: int) -> list[tuple[int, int]]:
+        """Ranges from `first` to `first + n`, cut at edges."""
+        cuts = [first, first + n]
+        if self.n_between_edges:
+            skipped = max(0, -(-(first + 1 - self.first_edge) // self.n_between_edges))
+            edge = self.first_edge + skipped * self.n_between_edges
+            cuts[1:1] = range(edge, first + n, self.n_between_edges)
+        return list(itertools.pairwise(cuts))
 
     @property
     def stride_nbytes(self) -> int:
@@ -24,7 +40,7 @@ class ReachableBundles:
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """One layer on the device. slab: (n_slots, 2, hidden). Biases float32. n_active: (1,) int64, counts active pairs."""
+    """One layer on the device. slab: (n_slots, 2, hidden). Biases float32. n_active: (1,) int64, of pairs so far."""
 
     placement: Placement
     slab: Tensor
@@ -115,7 +131,8 @@ class PlainOps:
         slots, ids = step.slots[:n].long(), step.ids[:n].long()
         bundles = layer.slab[slots.clamp_min(0)].float()
         if (direct := slots < 0).any():
-            bundles[direct] = host.bundles[rows[-1 - slots[direct]].long()].to(bundles)
+            direct_rows = rows[-1 - slots[direct]].long()
+            bundles[direct] = host.bundles[direct_rows.to(host.bundles.device)].to(bundles)
         h = torch.relu_(torch.addmm(layer.fc1_bias[ids], x, bundles[:, 0].T))
         layer.n_active.add_(torch.count_nonzero(h))
         total = torch.addmm(layer.fc2_bias, h, bundles[:, 1])

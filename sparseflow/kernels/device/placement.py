@@ -26,9 +26,9 @@ class Shape:
     by_bins: the least used are found by histograms, not by halving.
     """
 
-    block: int = 8192
+    block: int = 4096
     listed: int = 1024
-    warps: int = 32
+    warps: int = 16
     by_bins: bool = True
 
 
@@ -62,7 +62,9 @@ class PlacedStep:
     def empty(cls, n_neurons: int, device: torch.device) -> "PlacedStep":
         """For a layer of so many neurons."""
         lists = torch.zeros(4, n_neurons, dtype=torch.int32, device=device)
-        return cls(*lists, torch.zeros(_N_COUNTS + n_neurons, dtype=torch.int32, device=device))
+        ids, slots, missing_at, places = lists
+        told = torch.zeros(_N_COUNTS + n_neurons, dtype=torch.int32, device=device)
+        return cls(ids, slots, missing_at, places, told)
 
     def fill_with_all(self) -> None:
         """Every neuron, each in the slot of its own id."""

@@ -39,10 +39,10 @@ class Shape:
     registers: the most that a thread may have; None: as the compiler sees fit.
     """
 
-    rows: int = 32
-    open_rows: int = 8
-    words: int = 128
-    warps: int = 8
+    rows: int = 16
+    open_rows: int = 4
+    words: int = 64
+    warps: int = 4
     registers: int | None = None
 
 
@@ -155,12 +155,13 @@ def _pick(values, is_kth):
 
 @triton.jit
 def _bound_rows(
-    codes_ptr, steps_ptr, squares_ptr, coarse_offsets_ptr, fine_offsets_ptr, token_norms_ptr,
+    codes_ptr, steps_ptr, squares_ptr, errors_ptr, coarse_offsets_ptr, fine_offsets_ptr,
     coarse_ptr, fine_ptr, scales_ptr, bias_ptr, norms_ptr, coarse_errors_ptr, fine_errors_ptr,
     mask_ptr, bounds_ptr, n_fine_rows_ptr, n_neurons, factor, threshold, float_unit,
     IS_EXACT: tl.constexpr, PLANES: tl.constexpr, KEEP_BOUNDS: tl.constexpr, USES_DP4A: tl.constexpr,
     ROWS: tl.constexpr, OPEN_ROWS: tl.constexpr, WORDS: tl.constexpr, N_GROUPS: tl.constexpr,
-    N_CODES: tl.constexpr, GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr, FINE_STEPS: tl.constexpr,
+    GROUPS: tl.constexpr, N_CODES: tl.constexpr, GROUP_WORDS: tl.constexpr, PARTS: tl.constexpr,
+    FINE_STEPS: tl.constexpr, MARGIN_SLACK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -170,8 +171,9 @@ def _bound_rows(
     first = token * N_GROUPS
     mask_ptr += token * n_neurons
     bounds_ptr += token * n_neurons
-    token_norm = tl.load(token_norms_ptr + 2 * token)
-    residual = tl.load(token_norms_ptr + 2 * token + 1)
+    group = tl.arange(0, GROUPS)
+    token_norm = tl.sqrt(tl.sum(tl.load(squares_ptr + first + group, mask=group < N_GROUPS, other=0.0), 0))
+    residual = tl.sqrt(tl.sum(tl.load(errors_ptr + first + group, mask=group < N_GROUPS, other=0.0), 0)) * MARGIN_SLACK
     score, squares = _weigh(
         coarse_ptr, scales_ptr, codes_ptr, steps_ptr + first, coarse_offsets_ptr + first, squares_ptr + first, row,
         FINE_STEPS, IS_EXACT, N_GROUPS, WORDS, GROUP_WORDS, PARTS, USES_DP4A,
@@ -236,6 +238,10 @@ class DeviceScorer:
         """Fill `sums`. x: (n_tokens, hidden) float32, contiguous."""
         token_codes.sum_tokens(x, self.rows.dither, sums)
 
+    def normalise(self, stream: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, sums: TokenSums) -> None:
+        """Fill x, (hidden,) float32, with the layer norm of one token, and `sums` with what that is here."""
+        token_codes.normalise_and_sum(stream, weight, bias, eps, self.rows.dither, x, sums)
+
     def select(
         self, x: Tensor, sums: TokenSums, mask: Tensor, n_fine_rows: Tensor, bounds: Tensor | None = None
     ) -> None:
@@ -250,7 +256,7 @@ class DeviceScorer:
         rows, shape = self.rows, SHAPE
         options = {} if shape.registers is None else {"maxnreg": shape.registers}
         _bound_rows[(triton.cdiv(self.n_neurons, shape.rows), len(x))](
-            sums.codes, sums.steps, sums.squares, sums.coarse_offsets, sums.fine_offsets, sums.norms,
+            sums.codes, sums.steps, sums.squares, sums.errors, sums.coarse_offsets, sums.fine_offsets,
             self._coarse, self._fine, rows.scales, rows.bias,
             rows.norms, rows.coarse_error_norms, rows.fine_error_norms,
             mask, mask if bounds is None else bounds, n_fine_rows, self.n_neurons,
@@ -258,6 +264,6 @@ class DeviceScorer:
             IS_EXACT=self._is_exact, PLANES=self.planes, KEEP_BOUNDS=bounds is not None, USES_DP4A=self.uses_dp4a,
             ROWS=shape.rows, OPEN_ROWS=shape.open_rows,
             WORDS=min(shape.words, triton.next_power_of_2(self.n_groups * GROUP_WORDS)), N_GROUPS=self.n_groups,
-            N_CODES=token_codes.N_CODES, GROUP_WORDS=GROUP_WORDS,
-            PARTS=PARTS, FINE_STEPS=FINE_STEPS, num_warps=shape.warps, **options,
+            GROUPS=triton.next_power_of_2(self.n_groups), N_CODES=token_codes.N_CODES, GROUP_WORDS=GROUP_WORDS,
+            PARTS=PARTS, FINE_STEPS=FINE_STEPS, MARGIN_SLACK=_MARGIN_SLACK, num_warps=shape.warps, **options,
         )  # fmt: skip

@@ -25,7 +25,7 @@ class Shape:
     programs: int = 132
     at_once: int = 2**16
     warps: int = 16
-    columns: int = 32
+    columns: int = 16
 
     def candidates(self, row_nbytes: int) -> int:
         """How many a program takes at a time, where a row takes so many bytes."""
