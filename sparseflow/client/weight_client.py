@@ -251,6 +251,10 @@ class WeightClient:
         self._lent.append(lent)
         return lent
 
+    def pusher(self) -> Self:
+        """As `WeightSource.pusher`: the server does, if asked by this client."""
+        return self
+
     def counts(self) -> FetchCounts:
         """As `WeightSource.counts`: of this session."""
         attachment = self.attachment

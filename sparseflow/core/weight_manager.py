@@ -183,6 +183,9 @@ class DiskWeightStore:
         """As `WeightSource.host_memory`."""
         return self._bundles.host_memory()
 
+    def pusher(self) -> None:
+        """As `WeightSource.pusher`: nobody."""
+
     def counts(self) -> FetchCounts | None:
         """As `WeightSource.counts`."""
         return self._bundles.counts()

@@ -44,6 +44,43 @@ class HostMemory(NamedTuple):
     owner: object
 
 
+class Pushed(Protocol):
+    """Bundles on their way to a device's memory."""
+
+    def wait(self, timeout_s: float, stream: int = 0) -> None:
+        """From then on what is put on this stream of the device finds them there.
+
+        Raises:
+            ServerError: who pushes has failed; `fetch` works as before. TimeoutError: not in time.
+        """
+        ...
+
+
+class Pusher(Protocol):
+    """Copies bundles from host memory to a device's, where the device cannot read host memory by itself."""
+
+    @property
+    def push_limit(self) -> int:
+        """Bundles of one push."""
+        ...
+
+    def open_push(self, slab_address: int, slab_nbytes: int, device_index: int = 0) -> None:
+        """Name the memory, whole bundles of one allocation of this process, one a place.
+
+        Raises:
+            DeviceError, ServerError: it cannot be pushed to.
+        """
+        ...
+
+    def push(self, layer: int, ids: NDArray[np.uint32], places: NDArray[np.uint32]) -> Pushed:
+        """Start copying bundles to places of it, with which the device must be done."""
+        ...
+
+    def close_push(self) -> None:
+        """Before the memory is freed. May be called twice."""
+        ...
+
+
 class Early(NamedTuple):
     """What of a fetch is in host memory already, while the rest is read. positions: (n,) int64, among the ids."""
 
@@ -155,6 +192,10 @@ class WeightSource(Protocol):
 
     def host_memory(self) -> HostMemory | None:
         """Where the bundles of all fetches lie; None where that cannot be page-locked, as with mapped files."""
+        ...
+
+    def pusher(self) -> Pusher | None:
+        """Who copies bundles to a device; None where nobody else than this process does."""
         ...
 
     def counts(self) -> FetchCounts | None:

@@ -191,7 +191,7 @@ def kernel(dtype: torch.dtype) -> Any:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = W x + b for each token: on a CPU on torch's threads; on a GPU by its library, x rounded to the weights' dtype.
+    """y = W x + b for each token, on torch's threads; on a GPU by its library, with x rounded to the weights' dtype.
 
     Args:
         x: (n_tokens, n_in), float16, bfloat16 or float32.

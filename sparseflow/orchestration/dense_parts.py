@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
+from sparseflow.core.weight_source import WeightSource
 from sparseflow.kernels.device.ops import DeviceOps, LayerMemory, ReachableBundles
 from sparseflow.kernels.device.placement import N_PLACED
 from sparseflow.orchestration.device_slots import DENSE_PART_NBYTES
@@ -140,12 +140,15 @@ class DenseParts:
     def _fetch(self, layer: int, first: int, part: Tensor, transport: Transport) -> None:
         ids = np.arange(first, first + len(part), dtype=np.uint32)
         counts = torch.zeros(N_PLACED + 1, dtype=torch.int32, device=self._device)
-        counts[N_PLACED] = len(part)
-        with self._source.fetch(layer, ids) as fetch:
-            host, rows = transport.fetched(fetch.wait(FETCH_TIMEOUT_S))
-            self._ops.gather(host, rows, self._places[: len(part)], counts, part)
+        for begin in range(0, len(ids), transport.limit):
+            these = ids[begin : begin + transport.limit]
+            counts[N_PLACED] = len(these)
+            host, rows, lease = transport.bring(self._source, layer, these)
+            self._ops.gather(host, rows, self._places[begin : begin + len(these)], counts, part)
             if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()  # the lease ends here
+                torch.cuda.current_stream(self._device).synchronize()
+            if lease is not None:
+                lease.release()  # the device has read it
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

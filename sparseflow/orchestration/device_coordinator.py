@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import LayerNorm
 
-from sparseflow.core.weight_source import FETCH_TIMEOUT_S, Fetch, WeightSource
+from sparseflow.core.weight_source import Fetch, WeightSource
 from sparseflow.engine.counts import FetchCounts
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.device.ops import DeviceOps, LayerMemory, PlainOps, ReachableBundles, TritonOps
@@ -161,7 +161,7 @@ class DeviceCoordinator:
         self.ops.compute(memory, host, step.missing, step, x, y, residual)
 
     def can_step(self) -> bool:
-        """Whether `run_chosen` computes a layer as it should: sparse always, dense once every neuron is in its own slot."""
+        """Whether `run_chosen` computes a layer as it should: sparse always, dense once all neurons are in slots."""
         return self.predictor is not None or self.dense_parts.holds_all()
 
     def note_token(self) -> None:
@@ -176,15 +176,14 @@ class DeviceCoordinator:
         """One sparse step; the host learns what is missing, and fetches it. In parts, where slots or leases are few."""
         memory, step, mask = self.layers[layer], self.step, self.mask[: len(x)]
         self.choose(layer, x)
-        most = min(memory.placement.n_slots, self.source.fetch_limit)
+        most = min(memory.placement.n_slots, self.source.fetch_limit, self.transport.limit)
         n_candidates = int(mask.any(0).sum())
         for first in range(0, max(n_candidates, 1), most):
             self.ops.place(memory, mask, step, first, first + most)
             missing = self._told_missing(step)
             self._release()  # the device has done all that was before
-            fetch = self.source.fetch(layer, missing)
-            self._leased.append(fetch)
-            host, rows = self.transport.fetched(fetch.wait(FETCH_TIMEOUT_S))
+            host, rows, lease = self.transport.bring(self.source, layer, missing)
+            self._leased += [] if lease is None else [lease]
             if len(missing):
                 self.ops.gather(host, rows, step.places, step.counts, memory.slab)
             if first == 0:

@@ -102,8 +102,8 @@ class DevicePlan:
 
     def _too_little(self, missing_nbytes: int) -> NotEnoughMemory:
         return NotEnoughMemory(
-            f"device memory {self._memory}: this model runs on {self._device} with {format_size(missing_nbytes)} more at "
-            "least; allow more, or use a smaller model"
+            f"device memory {self._memory}: this model runs on {self._device} with {format_size(missing_nbytes)} more "
+            "at least; allow more, or use a smaller model"
         )
 
 

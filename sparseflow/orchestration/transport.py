@@ -9,16 +9,40 @@ import math
 import mmap
 import os
 import tempfile
+import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sparseflow.core.weight_source import HostBundles, HostMemory, WeightSource
+from sparseflow.core.weight_source import (
+    FETCH_TIMEOUT_S,
+    Fetch,
+    HostBundles,
+    HostMemory,
+    Pusher,
+    WeightSource,
+)
 from sparseflow.cuda.page_lock import CHUNK_NBYTES, PageLock, whole_pages
-from sparseflow.errors import DeviceError
+from sparseflow.errors import DeviceError, ServerError
 from sparseflow.kernels.device.ops import ReachableBundles
+
+_NO_LIMIT = 1 << 30
+_PUSHED_AT_ONCE = 1024  # 16 MiB of OPT-6.7B's bundles
+
+
+class Brought(NamedTuple):
+    """Bundles that a device reaches. rows: (n,) int32 on the device, which of the host's each one asked for is.
+
+    lease: to be released once the device has read them; None: there is none.
+    """
+
+    host: ReachableBundles
+    rows: Tensor
+    lease: Fetch | None
 
 
 class Transport(Protocol):
@@ -27,13 +51,19 @@ class Transport(Protocol):
     name: str
     reason: str
     """Why it is this one and not `pull`."""
+    limit: int
+    """Bundles that are brought together."""
 
     def resident(self, bundles: Tensor) -> ReachableBundles | None:
         """A layer that is all in host memory, read there; None: it has to be fetched."""
         ...
 
-    def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
-        """What a fetch has brought, and, int32 on the device, which of these each of its bundles is."""
+    def bring(self, source: WeightSource, layer: int, ids: NDArray[np.uint32]) -> Brought:
+        """Fetch bundles to where the device reads them.
+
+        Raises:
+            TimeoutError, ServerError: as fetches do.
+        """
         ...
 
     def is_of(self, source: WeightSource) -> bool:
@@ -50,6 +80,7 @@ class Pull:
 
     name = "pull"
     reason = ""
+    limit = _NO_LIMIT
 
     def __init__(self, lock: PageLock, owner: object, device: torch.device) -> None:
         """owner: what keeps the locked memory mapped."""
@@ -61,10 +92,11 @@ class Pull:
         n_before, n_between = (bundles.data_ptr() - self._lock.address) // size, self._lock.chunk_nbytes // size
         return ReachableBundles(bundles, self._address(bundles), -n_before % n_between, n_between)
 
-    def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
-        """As `Transport.fetched`."""
+    def bring(self, source: WeightSource, layer: int, ids: NDArray[np.uint32]) -> Brought:
+        """As `Transport.bring`."""
+        fetch, bundles = _fetched(source, layer, ids)
         rows = torch.from_numpy(bundles.slots.astype("int32")).to(self._device)
-        return ReachableBundles(bundles.base, self._address(bundles.base)), rows
+        return Brought(ReachableBundles(bundles.base, self._address(bundles.base)), rows, fetch)
 
     def is_of(self, source: WeightSource) -> bool:
         """As `Transport.is_of`."""
@@ -90,7 +122,7 @@ class Staging:
 
     def __init__(self, reason: str, n_bundles: int, like: Tensor, device: torch.device) -> None:
         """n_bundles: the most of a fetch. like: a bundle."""
-        self.reason = reason
+        self.reason, self.limit = reason, n_bundles
         self._device = device
         shape = (n_bundles, *like.shape)
         self._buffer = torch.empty(shape, dtype=like.dtype, pin_memory=device.type == "cuda")
@@ -99,13 +131,14 @@ class Staging:
     def resident(self, bundles: Tensor) -> None:
         """As `Transport.resident`: None."""
 
-    def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
-        """As `Transport.fetched`."""
+    def bring(self, source: WeightSource, layer: int, ids: NDArray[np.uint32]) -> Brought:
+        """As `Transport.bring`."""
+        fetch, bundles = _fetched(source, layer, ids)
         n = len(bundles.slots)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # what the buffer held is read by now
         torch.index_select(bundles.base, 0, torch.from_numpy(bundles.slots.astype("int64")), out=self._buffer[:n])
-        return ReachableBundles(self._buffer, self._buffer.data_ptr()), self._rows[:n]
+        return Brought(ReachableBundles(self._buffer, self._buffer.data_ptr()), self._rows[:n], fetch)
 
     def is_of(self, source: WeightSource) -> bool:
         """As `Transport.is_of`."""
@@ -115,20 +148,77 @@ class Staging:
         """As `Transport.close`."""
 
 
+class Push:
+    """The server's process on the GPU copies to a buffer on the device, from which kernels take the bundles.
+
+    Where that process fails, bundles are staged from then on, with a warning.
+    """
+
+    def __init__(self, reason: str, pusher: Pusher, like: Tensor, device: torch.device) -> None:
+        """
+        Raises:
+            DeviceError, ServerError: as `Pusher.open_push`.
+        """
+        self.name, self.reason = "push", reason
+        self.limit = min(_PUSHED_AT_ONCE, pusher.push_limit)
+        self._pusher, self._like, self._device = pusher, like, device
+        self._buffer = torch.empty(self.limit, *like.shape, dtype=like.dtype, device=device)
+        self._rows = torch.arange(self.limit, dtype=torch.int32, device=device)
+        self._instead: Staging | None = None
+        pusher.open_push(self._buffer.data_ptr(), self._buffer.nbytes, device.index or 0)
+
+    def resident(self, bundles: Tensor) -> None:
+        """As `Transport.resident`: None."""
+
+    def bring(self, source: WeightSource, layer: int, ids: NDArray[np.uint32]) -> Brought:
+        """As `Transport.bring`."""
+        if self._instead is None:
+            try:
+                self._push(layer, ids)
+            except ServerError as error:
+                self.name, self.reason = "staging", f"{self.reason}; and pushing failed: {error}"
+                warnings.warn(f"bundles are staged from now on: {error}", stacklevel=2)
+                self._instead = Staging(self.reason, self.limit, self._like, self._device)
+            else:
+                return Brought(ReachableBundles(self._buffer, self._buffer.data_ptr()), self._rows[: len(ids)], None)
+        return self._instead.bring(source, layer, ids)
+
+    def _push(self, layer: int, ids: NDArray[np.uint32]) -> None:
+        stream = 0
+        if self._device.type == "cuda":
+            here = torch.cuda.current_stream(self._device)
+            here.synchronize()  # what the buffer held is read by now
+            stream = here.cuda_stream
+        places = np.arange(len(ids), dtype=np.uint32)
+        self._pusher.push(layer, ids, places).wait(FETCH_TIMEOUT_S, stream)
+
+    def is_of(self, source: WeightSource) -> bool:
+        """As `Transport.is_of`."""
+        return True
+
+    def close(self) -> None:
+        """As `Transport.close`."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._pusher.close_push()
+
+
 class OnHost:
     """The device is the CPU."""
 
     name = "host"
     reason = "the device is the CPU"
+    limit = _NO_LIMIT
 
     def resident(self, bundles: Tensor) -> ReachableBundles:
         """As `Transport.resident`."""
         return ReachableBundles(bundles, bundles.data_ptr())
 
-    def fetched(self, bundles: HostBundles) -> tuple[ReachableBundles, Tensor]:
-        """As `Transport.fetched`."""
+    def bring(self, source: WeightSource, layer: int, ids: NDArray[np.uint32]) -> Brought:
+        """As `Transport.bring`."""
+        fetch, bundles = _fetched(source, layer, ids)
         rows = torch.from_numpy(bundles.slots.astype("int32"))
-        return ReachableBundles(bundles.base, bundles.base.data_ptr()), rows
+        return Brought(ReachableBundles(bundles.base, bundles.base.data_ptr()), rows, fetch)
 
     def is_of(self, source: WeightSource) -> bool:
         """As `Transport.is_of`."""
@@ -150,7 +240,22 @@ def open_transport(source: WeightSource, device: torch.device, n_staged: int) ->
             return Pull(lock, memory.owner, device)
         reason = lock
     bundle = torch.empty(profile.parts_per_bundle, profile.hidden_dimension, dtype=getattr(torch, profile.dtype))
+    pusher = source.pusher()
+    if pusher is not None:
+        try:
+            return Push(reason, pusher, bundle, device)
+        except (DeviceError, ServerError) as error:
+            reason = f"{reason}; and the server cannot push: {error}"
     return Staging(reason, n_staged, bundle, device)
+
+
+def _fetched(source: WeightSource, layer: int, ids: NDArray[np.uint32]) -> tuple[Fetch, HostBundles]:
+    fetch = source.fetch(layer, ids)
+    try:
+        return fetch, fetch.wait(FETCH_TIMEOUT_S)
+    except BaseException:
+        fetch.release()
+        raise
 
 
 def lock_memory(memory: HostMemory, device: torch.device, unit_nbytes: int) -> PageLock | str:

@@ -1,5 +1,6 @@
 """Bundles reach a device by whatever way works, and the text is the same."""
 
+import ctypes
 import mmap
 import os
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from fake_driver import FakeDriver
 
 from sparseflow import DiskWeightStore, OffloadStrategy, SparseOPTForCausalLM
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles
+from sparseflow.errors import ServerError
 from sparseflow.kernels.device.ops import ReachableBundles
 from sparseflow.orchestration import transport
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator
-from sparseflow.orchestration.transport import Pull, Staging, lock_memory, open_transport
+from sparseflow.orchestration.transport import Pull, Push, Staging, lock_memory, open_transport
 
 MakeFolder = Callable[[str, str], Path]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -44,8 +46,8 @@ def bundle_like(store: DiskWeightStore) -> torch.Tensor:
 def test_staging_brings_what_was_fetched(store: DiskWeightStore) -> None:
     ids = np.array([3, 70, 255], np.uint32)
     staging = Staging("no lock", 10, bundle_like(store), CPU)
-    bundles = store.fetch(1, ids).wait(FETCH_TIMEOUT_S)
-    reach, rows = staging.fetched(bundles)
+    reach, rows, lease = staging.bring(store, 1, ids)
+    assert lease is not None
     resident = store.resident_bundles(1)
     assert resident is not None
     assert torch.equal(reach.bundles[rows.long()], resident[ids.astype(np.int64)])
@@ -66,6 +68,76 @@ def test_a_model_that_stages_says_the_same(family_checkpoint: MakeFolder) -> Non
     assert staged.device_report()["transport_reason"] == "a test"
 
 
+class PushingStore:
+    """A server's process on the GPU, in this one; it copies when somebody waits. fails_at: the number of a push."""
+
+    push_limit = 50
+
+    def __init__(self, store: DiskWeightStore, fails_at: int | None = None) -> None:
+        self._store, self.fails_at, self.n_pushed, self.is_open = store, fails_at, 0, False
+
+    def open_push(self, slab_address: int, slab_nbytes: int, device_index: int = 0) -> None:
+        self._address, self.is_open = slab_address, True
+
+    def push(self, layer: int, ids: np.ndarray, places: np.ndarray) -> "PushingStore":
+        assert self.is_open
+        assert len(ids) <= self.push_limit
+        self._asked, self.n_pushed = (layer, ids, places), self.n_pushed + 1
+        return self
+
+    def wait(self, timeout_s: float, stream: int = 0) -> None:
+        if self.n_pushed == self.fails_at:
+            raise ServerError("the process on the GPU has ended")
+        layer, ids, places = self._asked
+        nbytes = self._store.profile.bundle_nbytes
+        resident = self._store.resident_bundles(layer)
+        assert resident is not None
+        for neuron, place in zip(ids.tolist(), places.tolist(), strict=True):
+            ctypes.memmove(self._address + place * nbytes, resident[neuron].data_ptr(), nbytes)
+
+    def close_push(self) -> None:
+        self.is_open = False
+
+
+@pytest.mark.filterwarnings("ignore:bundles are staged")
+@pytest.mark.parametrize("fails_at", [None, 3])
+def test_a_model_that_is_pushed_to_says_the_same(family_checkpoint: MakeFolder, fails_at: int | None) -> None:
+    checkpoint = family_checkpoint("base", "float32")
+    plain = SparseOPTForCausalLM.from_pretrained(checkpoint)
+    model = SparseOPTForCausalLM.from_pretrained(checkpoint, strategy=OffloadStrategy(device_cache="copy"))
+    coordinator = model.coordinator
+    assert isinstance(coordinator, DeviceCoordinator)
+    assert isinstance(model.source, DiskWeightStore)
+    pushing = PushingStore(model.source, fails_at)
+    coordinator.transport = Push("no lock", pushing, bundle_like(model.source), CPU)
+    ids = opt_family.random_ids(plain.config, 1, 9)
+    assert torch.equal(*(each.generate(ids, max_new_tokens=12, do_sample=False) for each in (plain, model)))
+    report = model.device_report()
+    assert report["transport"] == ("push" if fails_at is None else "staging")
+    assert "no lock" in report["transport_reason"]
+    assert (fails_at is None) or ("the process on the GPU has ended" in report["transport_reason"])
+    model.close()
+    assert not pushing.is_open
+
+
+def test_a_server_pushes_where_the_gpu_cannot_read(
+    store: DiskWeightStore, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.host_limit = 0
+    monkeypatch.setattr(store, "pusher", lambda: "the server", raising=False)
+    monkeypatch.setattr(transport, "Push", lambda reason, pusher, *_: (pusher, reason))
+    pusher, reason = open_transport(store, GPU, 10)  # type: ignore[misc]
+    assert pusher == "the server"
+    assert "page-locked, then" in reason
+
+    def refuse(*_: object) -> None:
+        raise ServerError("no GPU there")
+
+    monkeypatch.setattr(transport, "Push", refuse)
+    monkeypatch.setattr(transport, "Staging", lambda reason, *_: reason)
+    assert "cannot push: no GPU there" in open_transport(store, GPU, 10)  # type: ignore[operator]
+
+
 def test_memory_of_its_own_is_page_locked_and_let_go(store: DiskWeightStore, driver: FakeDriver) -> None:
     pull = open_transport(store, GPU, 10)
     assert isinstance(pull, Pull)
@@ -84,7 +156,7 @@ def test_no_copy_reaches_over_an_edge_of_what_was_locked_together() -> None:
     assert ReachableBundles(bundles, 0).pieces(3, 50) == [(3, 53)]
     for first_edge, n_between in ((0, 7), (3, 7), (6, 7), (50, 64)):
         reach = ReachableBundles(bundles, 0, first_edge, n_between)
-        for first in range(0, 60):
+        for first in range(60):
             for n in (1, 6, 7, 8, 40):
                 pieces = reach.pieces(first, n)
                 covered = [k for begin, end in pieces for k in range(begin, end)]
