@@ -11,6 +11,7 @@ from typing import Any
 from sparseflow.bench.gpu_cases import CPU_OFFLOAD, DEVICE_MAP, GB, SMALL_CAP, SMALLER, SPARSEFLOW, TRANSFORMERS
 
 Row = dict[str, Any]
+NOT_BEGUN = "not begun"
 
 TARGETS = (  # what, of which figure, at least
     ("tokens/s", 100.0),
@@ -203,9 +204,16 @@ def markdown(result: Mapping[str, Any]) -> str:
         "first token, ms", "load, s", "GPU memory taken", "neurons found in a slot", "over PCIe per token",
         "limit, tokens/s", "likeliest ids as transformers / own dense",
     )  # fmt: skip
-    lines = [list(heads), ["---"] * len(heads), *(_cells(row) for row in rows)]
+    begun = [row for row in rows if not row["status"].startswith(NOT_BEGUN)]
+    lines = [list(heads), ["---"] * len(heads), *(_cells(row) for row in begun)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([table, *filter(None, [_of_two(rows)]), _conditions(result)])
+    return "\n\n".join([table, *filter(None, [_of_two(rows), _not_begun(rows)]), _conditions(result)])
+
+
+def _not_begun(rows: Sequence[Row]) -> str:
+    """What time did not suffice for."""
+    labels = [f"`{row['label']}`" for row in rows if row["status"].startswith(NOT_BEGUN)]
+    return f"Not measured, for want of time: {', '.join(labels)}." if labels else ""
 
 
 def _cells(row: Row) -> list[str]:
