@@ -40,10 +40,9 @@ SHAPES: dict[ModuleType, tuple[Any, ...]] = {
         scoring.Shape(16, 4, 64, 4),
     ),
     placement: (
-        placement.Shape(by_bins=False),
-        placement.Shape(block=4096),
-        placement.Shape(block=16384),
-        placement.Shape(block=4096, warps=16),
+        placement.Shape(warps=8),
+        placement.Shape(warps=32),
+        placement.Shape(block=8192, warps=32),
     ),
     sparse_mlp: (
         sparse_mlp.Shape(264, 2**15, 8),

@@ -84,6 +84,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         default=OffloadStrategy().gpu_cache_ratio,
         help="at most this share of all bundles has a slot on the GPU",
     )
+    parser.add_argument(
+        "--borrow-dense",
+        action="store_true",
+        help="with --server: use dense weights and codes as it keeps them on the GPU (its --share-dense-gpu)",
+    )
 
 
 def strategy_of(arguments: argparse.Namespace) -> OffloadStrategy:

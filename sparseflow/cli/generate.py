@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         raise BadRequest("generate: name either a STORE or a --server")
     if arguments.server is not None:
         _refuse_options_of_stores(arguments)
+    elif arguments.borrow_dense:
+        raise BadRequest("--borrow-dense: only a server lends weights; name one with --server")
     import torch
 
     from sparseflow.cli import running
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             fidelity=arguments.fidelity,
             activation_threshold=arguments.activation_threshold,
             gpu_cache_ratio=arguments.gpu_cache_ratio,
+            borrows_dense=arguments.borrow_dense,
             **where,
         )
     else:

@@ -106,6 +106,8 @@ class SparseFlowConfig:
     """Where to compute: `cpu`, `cuda` or `cuda:N`."""
     secondary_device: str = "cpu"
     """Where weights wait: `cpu`."""
+    borrows_dense: bool = False
+    """Take dense weights and codes as the server lends them on the GPU (`sparseflow-daemon --share-dense-gpu`)."""
     device_memory: str | int = "auto"
     """The most that a GPU may be filled with by this process, a size or `auto` (nine tenths of what is free there)."""
     enable_profiling: bool = True

@@ -183,6 +183,10 @@ class DiskWeightStore:
         """As `WeightSource.host_memory`."""
         return self._bundles.host_memory()
 
+    def borrow_dense(self, device_index: int = 0) -> NoReturn:
+        """As `WeightSource.borrow_dense`: there is nobody to lend."""
+        raise BadRequest(f"{self.path}: this process has the weights itself; only a server lends them")
+
     def pusher(self) -> None:
         """As `WeightSource.pusher`: nobody."""
 

@@ -14,6 +14,7 @@ from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.store.profile import ModelProfile
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -78,6 +79,30 @@ class Pusher(Protocol):
 
     def close_push(self) -> None:
         """Before the memory is freed. May be called twice."""
+        ...
+
+
+class LentWeights(Protocol):
+    """Dense weights and predictors as a server keeps them on a device. Not to be written to."""
+
+    def require(self) -> None:
+        """Before each step.
+
+        Raises:
+            ServerError: they are gone, and not to be touched.
+        """
+        ...
+
+    def dense(self, device: "torch.device") -> "Mapping[str, Tensor]":
+        """As `WeightSource.dense`, there."""
+        ...
+
+    def predictor_tensors(self, device: "torch.device") -> "Mapping[str, Tensor]":
+        """As `WeightSource.predictor_tensors`, there."""
+        ...
+
+    def close(self) -> None:
+        """Give them back; tensors made of them are used no more. May be called twice."""
         ...
 
 
@@ -192,6 +217,14 @@ class WeightSource(Protocol):
 
     def host_memory(self) -> HostMemory | None:
         """Where the bundles of all fetches lie; None where that cannot be page-locked, as with mapped files."""
+        ...
+
+    def borrow_dense(self, device_index: int = 0) -> LentWeights:
+        """What a server lends on a GPU.
+
+        Raises:
+            BadRequest: it lends nothing there, or this is no server. DeviceError, ServerError: it cannot.
+        """
         ...
 
     def pusher(self) -> Pusher | None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sparseflow.core.config import SparseFlowConfig
+from sparseflow.core.weight_source import LentWeights
 from sparseflow.models.token_step import TokenStep
+from sparseflow.orchestration.choosers import Mover
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator, choosers_of
 from sparseflow.orchestration.device_slots import DevicePlan
 from sparseflow.orchestration.layer_stream import LayerStream
@@ -34,8 +36,15 @@ class PlacedModel:
         self._model, self._source, self._predictor = model, source, predictor
         self.device = torch.device(config.primary_device)
         self._plan = DevicePlan(source, self.device, config.device_memory)
-        self._choosers = choosers_of(predictor, self.device)
-        self._plan.take(sum(chooser.nbytes for chooser in self._choosers))
+        self._lent: LentWeights | None = None
+        lent = {}
+        if config.borrows_dense:
+            self._lent = source.borrow_dense(self.device.index or 0)
+            there, here = self._lent.predictor_tensors(self.device), source.predictor_tensors()
+            lent = {tensor.data_ptr(): there[name] for name, tensor in here.items() if tensor.numel()}
+        move = Mover(self.device, lent)
+        self._choosers = choosers_of(predictor, move)
+        self._plan.take(move.nbytes)
         self._stream: LayerStream | None = None
         self._coordinator: DeviceCoordinator | None = None
         self._dense_nbytes = 0
@@ -46,6 +55,8 @@ class PlacedModel:
         Raises:
             NotEnoughMemory: they do not fit with all layers streamed.
         """
+        if self._lent is not None:
+            return dict(self._lent.dense(self.device))
         dense, layers = self._source.dense(), self._model.model.decoder.layers
         names = [
             {part: f"model.decoder.layers.{n}.self_attn.{part}" for part, _ in layer.self_attn.named_parameters()}
@@ -79,6 +90,8 @@ class PlacedModel:
         self._coordinator = DeviceCoordinator(
             self._source, self._predictor, self._choosers, fc2_biases, self.device, slots, streamed_nbytes
         )
+        if self._lent is not None:
+            self._coordinator.before_pass = self._lent.require
         return self._coordinator
 
     def token_step(self) -> TokenStep | None:
@@ -97,6 +110,7 @@ class PlacedModel:
             report["nbytes"]["buffers"] += self._stream.nbytes
         return report | {
             "uses_graph": step is not None and step.uses_graph,
+            "borrows_dense": self._lent is not None,
             "n_streamed_layers": 0 if self._stream is None else self._stream.n_layers,
         }
 
@@ -107,3 +121,5 @@ class PlacedModel:
         if self._stream is not None:
             self._stream.close()
         self._choosers = []
+        if self._lent is not None:
+            self._lent.close()

@@ -171,6 +171,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         device: str = "cpu",
         device_memory: str | int = "auto",
         gpu_cache_ratio: float = OffloadStrategy().gpu_cache_ratio,
+        borrows_dense: bool = False,
         attn_implementation: str | None = None,
         activation_threshold: float = 1.0,
         **source: Any,
@@ -182,6 +183,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             model: which of its models; None: its only one.
             device, device_memory: as `from_pretrained` is told.
             gpu_cache_ratio, activation_threshold: as in `OffloadStrategy`.
+            borrows_dense: as in `SparseFlowConfig`.
             source: what `WeightClient` takes: `expected`, `load_timeout_s`, `reconnect_timeout_s`.
 
         Raises:
@@ -194,7 +196,13 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             strategy = replace(
                 client.strategy, activation_threshold=activation_threshold, gpu_cache_ratio=gpu_cache_ratio
             )
-            config = SparseFlowConfig(client.profile, strategy, primary_device=device, device_memory=device_memory)
+            config = SparseFlowConfig(
+                client.profile,
+                strategy,
+                primary_device=device,
+                device_memory=device_memory,
+                borrows_dense=borrows_dense,
+            )
             served = cls(config, client, fidelity=fidelity)
             if attn_implementation is not None:
                 served.set_attn_implementation(attn_implementation)

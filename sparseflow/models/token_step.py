@@ -71,6 +71,7 @@ class TokenStep:
         has_room = self._has_room(cache, n_past + 1)
         if not has_room and not self._reserve(cache):
             return None
+        self._coordinator.before_pass()
         self._coordinator.enter(decoding=True)
         self._token.copy_(input_ids.view(1))
         self._position.fill_(n_past)

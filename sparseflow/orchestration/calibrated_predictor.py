@@ -19,7 +19,7 @@ from torch import Tensor
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, DiskError, ShardCorrupt
 from sparseflow.kernels.bounds import Margin
-from sparseflow.orchestration.choosers import Chooser, ChooserByLowRank
+from sparseflow.orchestration.choosers import Chooser, ChooserByLowRank, Mover
 from sparseflow.orchestration.low_rank import LowRank
 from sparseflow.orchestration.neuron_predictor import (
     CodesOfLayer,
@@ -40,9 +40,9 @@ class LowRankOfLayer:
         self._low_rank = low_rank
         self.nbytes_read = 0
 
-    def on_device(self, device: torch.device) -> Chooser:
+    def on_device(self, move: Mover) -> Chooser:
         """As `LayerPredictor.on_device`."""
-        return ChooserByLowRank(self._low_rank, device)
+        return ChooserByLowRank(self._low_rank, move)
 
     def select(self, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""

@@ -3,6 +3,7 @@
 An answer is a mask, (n_tokens, ffn_dim) int8, 1 for a candidate of that token.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -40,6 +41,25 @@ class Chooser(Protocol):
         ...
 
 
+class Mover:
+    """Brings tensors to a device; what is lent there already is taken as it lies."""
+
+    def __init__(self, device: torch.device, lent: Mapping[int, Tensor] | None = None) -> None:
+        """lent: by the address in host memory of what each is a copy of."""
+        self.device = device
+        self._lent = lent or {}
+        self.nbytes = 0
+        """Of what was brought."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The same there."""
+        there = self._lent.get(tensor.data_ptr()) if tensor.numel() else None
+        if there is None or there.shape != tensor.shape:
+            self.nbytes += tensor.nbytes
+            return tensor.to(self.device)
+        return there
+
+
 class ChooserByCodes:
     """All neurons whose upper bound, from codes of fc1, is not at most 0."""
 
@@ -50,14 +70,14 @@ class ChooserByCodes:
         failure_probability: float,
         threshold: float,
         planes: int,
-        device: torch.device,
+        move: Mover,
     ) -> None:
-        """As `kernels.bounds.candidates` is told; rows are copied, without the fine plane where it is not read."""
+        """As `kernels.bounds.candidates` is told; rows are moved, without the fine plane where it is not read."""
         from sparseflow.kernels.device.scoring import DeviceScorer
         from sparseflow.kernels.device.token_codes import TokenSums
 
         fine = rows.fine if planes > 1 else rows.fine[:0]
-        there = CodedRows(*(tensor.to(device) for tensor in rows._replace(fine=fine)))
+        there, device = CodedRows(*map(move, rows._replace(fine=fine))), move.device
         self._scorer = DeviceScorer(there, margin, failure_probability, threshold, planes)
         self._sums: TokenSums | None = None
         self._make_sums = lambda n_tokens: TokenSums(n_tokens, self._scorer.n_groups, device)
@@ -92,8 +112,8 @@ class ChooserByCodes:
 class ChooserByLowRank:
     """All neurons whose score by a `LowRank` is not at most 0."""
 
-    def __init__(self, low_rank: LowRank, device: torch.device) -> None:
-        self._low_rank = low_rank.to(device)
+    def __init__(self, low_rank: LowRank, move: Mover) -> None:
+        self._low_rank = LowRank(move(low_rank.down), move(low_rank.up), move(low_rank.bias), low_rank.has_relu)
         self.nbytes = self.pass_nbytes = self._low_rank.nbytes
 
     def choose(self, x: Tensor, mask: Tensor) -> None:

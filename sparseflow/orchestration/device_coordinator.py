@@ -4,6 +4,7 @@ Where all bundles are in host memory that the device reaches, a step is a row of
 Else it learns from one copy which bundles are missing, and fetches them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from sparseflow.engine.counts import FetchCounts
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.device.ops import DeviceOps, LayerMemory, PlainOps, ReachableBundles, TritonOps
 from sparseflow.kernels.device.placement import N_MISSES, N_TOTALS, PlacedStep, Placement
-from sparseflow.orchestration.choosers import Chooser, ChooserOnHost
+from sparseflow.orchestration.choosers import Chooser, ChooserOnHost, Mover
 from sparseflow.orchestration.dense_parts import DenseParts
 from sparseflow.orchestration.neuron_predictor import LayeredPredictor, NeuronPredictor, fc1_biases
 from sparseflow.orchestration.stats import DeviceCounts, RunStats, StepCounts
@@ -51,6 +52,8 @@ class DeviceCoordinator:
         profile = source.profile
         self.source, self.device, self.predictor = source, device, predictor
         self.profiling = True
+        self.before_pass: Callable[[], None] = lambda: None
+        """Called before weights on the device are touched."""
         self._streamed_nbytes = streamed_nbytes
         self._n_neurons = profile.ffn_dimension
         dtype = getattr(torch, profile.dtype)
@@ -95,6 +98,8 @@ class DeviceCoordinator:
         if x.requires_grad and torch.is_grad_enabled():
             raise BadRequest("gradients: sparse layers have none; use torch.no_grad(), or the dense checkpoint")
         self.enter(decoding=decoding)
+        if layer == 0:
+            self.before_pass()
         x = x.contiguous()
         if self.predictor is None or len(x) > _TOKENS_AT_ONCE:
             y = self._dense(layer, x)
@@ -329,7 +334,7 @@ _AHEAD_OF_MISSING = 4  # counts in `PlacedStep.told`
 _TOLD_AT_ONCE = _AHEAD_OF_MISSING + 1020
 
 
-def choosers_of(predictor: NeuronPredictor | None, device: torch.device) -> list[Chooser]:
+def choosers_of(predictor: NeuronPredictor | None, move: Mover) -> list[Chooser]:
     """A predictor of all layers, on a device; none for None.
 
     Raises:
@@ -339,6 +344,6 @@ def choosers_of(predictor: NeuronPredictor | None, device: torch.device) -> list
         return []
     if not isinstance(predictor, LayeredPredictor):
         raise BadRequest(f"fidelity {predictor.fidelity}: is for tests on the CPU, without device slots; use exact")
-    if device.type == "cpu":
+    if move.device.type == "cpu":
         return [ChooserOnHost(layer) for layer in predictor.layers]
-    return [layer.on_device(device) for layer in predictor.layers]
+    return [layer.on_device(move) for layer in predictor.layers]

@@ -26,10 +26,6 @@ class LowRank:
             inner = inner.relu_()
         return functional.linear(inner, self.up).float() + self.bias
 
-    def to(self, device: torch.device) -> "LowRank":
-        """The same on another device."""
-        return LowRank(self.down.to(device), self.up.to(device), self.bias.to(device), self.has_relu)
-
     @property
     def rank(self) -> int:
         """Of the product."""

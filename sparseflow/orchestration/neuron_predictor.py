@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
 from sparseflow.kernels.bounds import CodedRows, Margin, Scorer
-from sparseflow.orchestration.choosers import Chooser, ChooserByCodes
+from sparseflow.orchestration.choosers import Chooser, ChooserByCodes, Mover
 from sparseflow.store.profile import ModelProfile
 
 # Probability that one token misses any active neuron in any layer under `exact`.
@@ -72,8 +72,8 @@ class LayerPredictor(Protocol):
         """As `NeuronPredictor.bounds`."""
         ...
 
-    def on_device(self, device: torch.device) -> Chooser:
-        """What chooses the same neurons on a GPU."""
+    def on_device(self, move: Mover) -> Chooser:
+        """What chooses the same neurons on a GPU, to which `move` brings its weights."""
         ...
 
 
@@ -124,9 +124,9 @@ class CodesOfLayer:
         self.nbytes_read = 0
         self._settings = rows, margin, failure_probability, threshold, planes
 
-    def on_device(self, device: torch.device) -> Chooser:
+    def on_device(self, move: Mover) -> Chooser:
         """As `LayerPredictor.on_device`."""
-        return ChooserByCodes(*self._settings, device)
+        return ChooserByCodes(*self._settings, move)
 
     def select(self, x: Tensor) -> NDArray[np.uint32]:
         """As `NeuronPredictor.select`."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparseflow
 from sparseflow.cli.main import build_parser, main
@@ -228,3 +229,14 @@ def test_the_example_program_runs(capsys: Capture) -> None:
     assert text.startswith("In the beginning")
     demo_generation.print_performance_stats(model, config)
     assert "neurons active" in capsys.readouterr().out
+
+
+def test_only_a_server_lends_weights(capsys: pytest.CaptureFixture[str], demo_model: Path) -> None:
+    assert main(["generate", str(demo_model), "--prompt", "x", "--borrow-dense"]) == 2
+    assert "--server" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], demo_model: Path) -> None:
+    assert main(["generate", str(demo_model), "--prompt", "x", "--device", "cuda"]) == 2
+    assert "sees 0 GPUs" in capsys.readouterr().err

@@ -12,8 +12,9 @@ import opt_family
 import pytest
 import torch
 
-from sparseflow import OffloadStrategy, SparseOPTForCausalLM
-from sparseflow.errors import BadRequest, NotEnoughMemory
+from sparseflow import DiskWeightStore, OffloadStrategy, SparseFlowConfig, SparseOPTForCausalLM
+from sparseflow.errors import BadRequest, NotEnoughMemory, ServerError
+from sparseflow.orchestration.choosers import Mover
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator
 from sparseflow.orchestration.device_slots import LEAST_SHARE, DevicePlan
 
@@ -143,6 +144,64 @@ def test_the_same_text_with_layers_streamed(n_kept: int, demo_model: Path) -> No
     assert torch.equal(continued(plain, ids), continued(model, ids))
     with pytest.raises(NotEnoughMemory, match="allow more"):
         opened(demo_model, 0.3, device_memory=fixed + others + layer_nbytes)
+
+
+class Lent:
+    """A server that lends what it has, until `ends`."""
+
+    def __init__(self, source: DiskWeightStore) -> None:
+        self.is_closed = self.ends = False
+        self._dense = {name: tensor.clone() for name, tensor in source.dense().items()}
+        self._predictors = {name: tensor.clone() for name, tensor in source.predictor_tensors().items()}
+
+    def require(self) -> None:
+        if self.ends:
+            raise ServerError("what was lent is gone")
+
+    def dense(self, device: torch.device) -> dict[str, torch.Tensor]:
+        return self._dense
+
+    def predictor_tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        return self._predictors
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_dense_weights_can_be_borrowed(family_checkpoint: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = opened(family_checkpoint("base", "float32"), None)
+    store = DiskWeightStore(family_checkpoint("base", "float32")).initialize_from_pretrained()
+    lent = Lent(store)
+    config = SparseFlowConfig(store.profile, SLOTS, borrows_dense=True)
+    with pytest.raises(BadRequest, match="only a server"):
+        SparseOPTForCausalLM(config, store)
+    monkeypatch.setattr(store, "borrow_dense", lambda index: lent, raising=False)
+    model = SparseOPTForCausalLM(config, store)
+    borrowed = lent.dense(torch.device("cpu"))["model.decoder.embed_tokens.weight"]
+    assert model.model.decoder.embed_tokens.weight.data_ptr() == borrowed.data_ptr()
+    report = model.device_report()
+    assert report["borrows_dense"]
+    assert report["nbytes"]["dense"] == 0
+    ids = opt_family.random_ids(plain.config, 1, 9)
+    assert torch.equal(continued(plain, ids), continued(model, ids))
+    lent.ends = True
+    with pytest.raises(ServerError, match="gone"):
+        model(ids)
+    model.close()
+    assert lent.is_closed
+
+
+def test_codes_that_are_lent_are_not_moved(family_checkpoint: MakeFolder) -> None:
+    store = DiskWeightStore(family_checkpoint("base", "float32")).initialize_from_pretrained()
+    here = store.predictor_tensors()
+    there = {name: tensor.clone() for name, tensor in here.items()}
+    move = Mover(torch.device("cpu"), {tensor.data_ptr(): there[name] for name, tensor in here.items()})
+    assert move(here["1.coarse"]).data_ptr() == there["1.coarse"].data_ptr()
+    assert move.nbytes == 0
+    own = torch.ones(3)
+    assert torch.equal(move(own), own)
+    assert move.nbytes == own.nbytes
+    assert move(here["1.coarse"][:0]).numel() == 0
 
 
 def test_what_device_slots_cannot_do_is_refused(family_checkpoint: MakeFolder) -> None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM, StaticCache
 from sparseflow import OffloadStrategy, SparseOPTForCausalLM
 from sparseflow.kernels.device.ops import TritonOps
 from sparseflow.models.token_step import TokenStep
+from sparseflow.orchestration.choosers import Mover
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def interpret(model: SparseOPTForCausalLM) -> None:
     assert isinstance(coordinator, DeviceCoordinator)
     coordinator.ops = TritonOps(8, profile.ffn_dimension, profile.hidden_dimension, CPU)
     if coordinator.predictor is not None:
-        coordinator.choosers = [layer.on_device(CPU) for layer in coordinator.predictor.layers]
+        coordinator.choosers = [layer.on_device(Mover(CPU)) for layer in coordinator.predictor.layers]
     model.token_step = TokenStep(model, coordinator)
 
 

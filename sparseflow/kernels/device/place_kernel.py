@@ -35,26 +35,13 @@ def _bin_of_nth(values, is_counted, n, BINS: tl.constexpr):
 
 
 @triton.jit
-def _nth_by_bins(worth, may_go, n, BITS: tl.constexpr):
-    """As `_nth_by_halves`; looks at 5 or 6 bits at a time."""
+def _nth_least(worth, may_go, n, BITS: tl.constexpr):
+    """The n-th least worth, below 2^BITS, of those that may go; and how many of them are worth less."""
     LOW: tl.constexpr = (BITS + 1) // 2
     high, n_below = _bin_of_nth(worth >> LOW, may_go, n, 1 << (BITS - LOW))
     is_low = may_go & (worth >> LOW == high)
     low, n_below_there = _bin_of_nth(worth & ((1 << LOW) - 1), is_low, n - n_below, 1 << LOW)
     return (high << LOW) + low, n_below + n_below_there
-
-
-@triton.jit
-def _nth_by_halves(worth, may_go, n, BITS: tl.constexpr):
-    """The n-th least worth, below 2^BITS, of those that may go; and how many of them are worth less."""
-    limit = 0
-    n_below = 0
-    for k in tl.static_range(BITS):
-        tried = limit + (1 << (BITS - 1 - k))
-        n_less = tl.sum((may_go & (worth < tried)).to(tl.int32), 0)
-        limit = tl.where(n_less < n, tried, limit)
-        n_below = tl.where(n_less < n, n_less, n_below)
-    return limit, n_below
 
 
 @triton.jit
@@ -107,7 +94,7 @@ def place(
     ids_ptr, slots_ptr, missing_ptr, missing_at_ptr, place_ptr, counts_ptr, clock_ptr, totals_ptr,
     n_tokens, n_neurons, n_slots, first_rank, end_rank,
     BLOCK: tl.constexpr, LISTED: tl.constexpr, SLOTS: tl.constexpr, HALVING_STEPS: tl.constexpr,
-    USE: tl.constexpr, MOST: tl.constexpr, BITS: tl.constexpr, BY_BINS: tl.constexpr,
+    USE: tl.constexpr, MOST: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """As `Placement.place` is told."""
     step = tl.load(clock_ptr) + 1
@@ -129,10 +116,7 @@ def place(
 
     may_go = is_slot & ~(is_full & (tl.load(stamp_ptr + before, mask=is_full, other=0) == step))
     n_placed = tl.minimum(n_missing, tl.sum(may_go.to(tl.int32), 0))
-    if BY_BINS:
-        limit, n_below = _nth_by_bins(worth, may_go, n_placed, BITS)
-    else:
-        limit, n_below = _nth_by_halves(worth, may_go, n_placed, BITS)
+    limit, n_below = _nth_least(worth, may_go, n_placed, BITS)
     is_below = may_go & (worth < limit)
     is_equal = may_go & (worth == limit)
     n_equal = n_placed - n_below  # so many of these go, the first ones

@@ -21,15 +21,11 @@ _BITS = (_MOST + 1).bit_length()  # of 1 + a count
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the kernel is cut. block, listed: neurons and candidates that it takes at a time. warps: of its one program.
-
-    by_bins: the least used are found by histograms, not by halving.
-    """
+    """How the kernel is cut. block, listed: neurons and candidates that it takes at once. warps: of its one program."""
 
     block: int = 4096
     listed: int = 1024
     warps: int = 16
-    by_bins: bool = True
 
 
 SHAPE = Shape()
@@ -118,7 +114,7 @@ class Placement:
             BLOCK=min(SHAPE.block, triton.next_power_of_2(self.n_neurons)),
             LISTED=min(SHAPE.listed, triton.next_power_of_2(self.n_neurons)),
             SLOTS=triton.next_power_of_2(self.n_slots), HALVING_STEPS=HALVING_STEPS, USE=_USE, MOST=_MOST, BITS=_BITS,
-            BY_BINS=SHAPE.by_bins, num_warps=SHAPE.warps,
+            num_warps=SHAPE.warps,
         )  # fmt: skip
 
     def place_ref(self, mask: Tensor, step: PlacedStep, first: int = 0, end: int = 2**31 - 1) -> None:

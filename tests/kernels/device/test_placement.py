@@ -110,9 +110,7 @@ def test_long_runs_forget_what_was_used_long_ago() -> None:
         check(fast, step, model, ids)
 
 
-@pytest.mark.parametrize(
-    "shape", [Shape(block=16, listed=8, by_bins=False), Shape(block=64, listed=32, warps=16)], ids=str
-)
+@pytest.mark.parametrize("shape", [Shape(block=16, listed=8), Shape(block=64, listed=32, warps=16)], ids=str)
 def test_how_the_kernel_is_cut_changes_nothing(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHAPE", shape)
     fast, model = Placement(100, 30, HERE), Model(30)
