@@ -56,6 +56,7 @@ def bench(
     assert [child for child in psutil.Process().children() if child not in others] == []
 
 
+@pytest.mark.slow
 def test_all_programs_find_the_same_ids_likeliest(tmp_path_factory: pytest.TempPathFactory, family_store: Any) -> None:
     store = family_store("base", "float32")
     cases = [GPUCase(TRANSFORMERS, "tiny"), CASE, replace(CASE, fidelity="dense"), GPUCase(CPU_OFFLOAD, "tiny")]
@@ -148,6 +149,7 @@ def test_another_text_is_refused() -> None:
         GPUConditions(text="other")
 
 
+@pytest.mark.slow
 def test_the_program_writes_a_result_and_goes_on_from_it(tmp_path: Path) -> None:
     """On the CPU, where the machine cannot be measured and no case of the plan has time."""
     script, out = ROOT / "scripts" / "bench" / "gpu.py", tmp_path / "result.json"

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM, StaticCache
 
 from sparseflow import OffloadStrategy, SparseOPTForCausalLM
+from sparseflow.kernels.device import linear
 from sparseflow.kernels.device.ops import TritonOps
 from sparseflow.models.token_step import TokenStep
 from sparseflow.orchestration.choosers import Mover
@@ -37,6 +38,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreted program takes as long with many rows as with few."""
+    monkeypatch.setattr(linear, "_FEW_ROWS", 64)
+
+
 @pytest.fixture
 def model(checkpoint: Path) -> Iterator[SparseOPTForCausalLM]:
     """Its token steps are those of a GPU, interpreted."""
@@ -57,7 +64,7 @@ def interpret(model: SparseOPTForCausalLM) -> None:
     model.token_step = TokenStep(model, coordinator)
 
 
-def prompt(model: SparseOPTForCausalLM, length: int = 5) -> tuple[torch.Tensor, DynamicCache]:
+def prompt(model: SparseOPTForCausalLM, length: int = 9) -> tuple[torch.Tensor, DynamicCache]:
     """Ids of the next token, and a cache that holds a prompt."""
     ids = torch.randint(4, model.config.vocab_size, (1, length))
     cache = DynamicCache(config=model.config)
@@ -113,7 +120,7 @@ def test_another_cache_is_found(model: SparseOPTForCausalLM) -> None:
 
 
 def test_generation_uses_it_and_counts_its_tokens(model: SparseOPTForCausalLM) -> None:
-    ids = torch.arange(4, 9)[None]
+    ids = torch.arange(4, 13)[None]  # more than are computed sparse together
     with torch.inference_mode():
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
     decode = model.stats.decode
