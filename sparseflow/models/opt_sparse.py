@@ -2,8 +2,10 @@
 
 import copy
 import json
+import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -102,6 +104,8 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         for layer in layers:
             layer.coordinator = self.coordinator
         self.token_step = None if self.placed is None else self.placed.token_step()
+        # Steps on a device share its buffers, so that threads take turns there.
+        self._turns: AbstractContextManager[Any] = nullcontext() if self.placed is None else threading.RLock()
         self.generation_config = _generation_config(source, hf_config)
         super().train(False)
 
@@ -265,28 +269,34 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         """
         if self.device.type == "meta":
             raise BadRequest("the model was closed; open it again")
-        if self.token_step is not None and labels is None and use_cache is not False and _asks_for_logits_only(kwargs):
-            logits = self.token_step(input_ids, attention_mask, past_key_values)
-            if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is not None and (length := past + given.shape[1]) > self.config.max_position_embeddings:
-            padded = attention_mask is not None and attention_mask.dim() == 2
-            self._require_positions(int(attention_mask.sum(1).max()) if padded else length)  # type: ignore[union-attr]
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            decoding=past > 0,
-            is_plain=given is not None and given.shape[:2] == (1, 1) and self.config._attn_implementation == "sdpa",
-            **kwargs,
-        )
+        with self._turns:
+            if (
+                self.token_step is not None
+                and labels is None
+                and use_cache is not False
+                and _asks_for_logits_only(kwargs)
+            ):
+                logits = self.token_step(input_ids, attention_mask, position_ids, past_key_values)
+                if logits is not None:
+                    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            given = input_ids if input_ids is not None else inputs_embeds
+            if given is not None and (length := past + given.shape[1]) > self.config.max_position_embeddings:
+                padded = attention_mask is not None and attention_mask.dim() == 2
+                self._require_positions(int(attention_mask.sum(1).max()) if padded else length)  # type: ignore[union-attr]
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                position_ids=position_ids,
+                logits_to_keep=logits_to_keep,
+                decoding=past > 0,
+                is_plain=given is not None and given.shape[:2] == (1, 1) and self.config._attn_implementation == "sdpa",
+                **kwargs,
+            )
 
     def _require_positions(self, n_positions: int) -> None:
         limit = self.config.max_position_embeddings

@@ -57,7 +57,13 @@ class TokenStep:
             and decoder.project_out is None
         )
 
-    def __call__(self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> Tensor | None:
+    def __call__(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor | None:
         """Logits of one token, (1, 1, vocab_size), and the cache holds it too; None where this is no such step."""
         if input_ids is None or input_ids.shape != (1, 1) or cache is None:
             return None
@@ -65,6 +71,8 @@ class TokenStep:
         if n_past == 0 or n_past >= self._model.config.max_position_embeddings or self._is_watched():
             return None
         if attention_mask is not None and (attention_mask.dim() != 2 or not bool(attention_mask.all())):
+            return None
+        if position_ids is not None and (position_ids.numel() != 1 or int(position_ids) != n_past):
             return None
         if not self._coordinator.can_step() or not self._find_bundles():
             return None

@@ -5,6 +5,7 @@ The slots are kept on the CPU here: the same decisions as on a GPU, in plain PyT
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,14 @@ def test_the_same_text_with_layers_streamed(n_kept: int, demo_model: Path) -> No
     assert torch.equal(continued(plain, ids), continued(model, ids))
     with pytest.raises(NotEnoughMemory, match="allow more"):
         opened(demo_model, 0.3, device_memory=fixed + others + layer_nbytes)
+
+
+def test_threads_take_turns(family_checkpoint: MakeFolder) -> None:
+    model = opened(family_checkpoint("base", "float32"), 0.1)
+    prompts = [opt_family.random_ids(model.config, 1, 9, seed) for seed in range(3)]
+    expected = [continued(model, ids) for ids in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        assert all(map(torch.equal, pool.map(lambda ids: continued(model, ids), prompts, timeout=60), expected))
 
 
 class Lent:

@@ -80,7 +80,7 @@ def both(model: SparseOPTForCausalLM, ids: torch.Tensor, cache: DynamicCache) ->
     for layer, held in enumerate(cache.layers):
         twin.update(held.keys.clone(), held.values.clone(), layer)
     with torch.inference_mode():
-        found = model.token_step(ids, torch.ones(1, cache.get_seq_length() + 1), cache)
+        found = model.token_step(ids, torch.ones(1, cache.get_seq_length() + 1), None, cache)
         step, model.token_step = model.token_step, None
         expected = model(ids, past_key_values=twin, use_cache=True).logits
         model.token_step = step
@@ -140,15 +140,16 @@ def test_what_is_no_such_step_is_left_to_the_modules(model: SparseOPTForCausalLM
     ids, cache = prompt(model)
     n = cache.get_seq_length()
     with torch.inference_mode():
-        assert step(ids, torch.tensor([[0] + [1] * n]), cache) is None  # padded
-        assert step(ids.repeat(2, 1), None, cache) is None
-        assert step(ids.repeat(1, 2), None, cache) is None
-        assert step(None, None, cache) is None
-        assert step(ids, None, None) is None
-        assert step(ids, None, DynamicCache(config=model.config)) is None  # the prompt itself
-        assert step(ids, None, StaticCache(config=model.config, max_cache_len=20)) is None
+        assert step(ids, torch.tensor([[0] + [1] * n]), None, cache) is None  # padded
+        assert step(ids.repeat(2, 1), None, None, cache) is None
+        assert step(ids.repeat(1, 2), None, None, cache) is None
+        assert step(None, None, None, cache) is None
+        assert step(ids, None, None, None) is None
+        assert step(ids, None, torch.tensor([[n + 1]]), cache) is None
+        assert step(ids, None, None, DynamicCache(config=model.config)) is None  # the prompt itself
+        assert step(ids, None, None, StaticCache(config=model.config, max_cache_len=20)) is None
         handle = model.model.decoder.layers[1].fc1.register_forward_hook(lambda *_: None)
-        assert step(ids, None, cache) is None
+        assert step(ids, None, None, cache) is None
         handle.remove()
     assert cache.get_seq_length() == n  # nothing was changed
 
