@@ -181,11 +181,11 @@ def _device_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pull(read_only: Any, writable: Any) -> Ability:
-    """The GPU reads a client's view of the arena, which is read-only unless the server is told otherwise."""
+    """The GPU reads host memory: this process's own, and a client's view of the arena, which is read-only."""
     if read_only.found is not None:
         return Ability(True)
     if writable.found is not None:
-        return Ability(True, f"only with a server of --arena-writable ({read_only.reason})")
+        return Ability(True, f"not from a server's memory, which has to push ({read_only.reason})")
     return Ability(False, writable.reason)
 
 

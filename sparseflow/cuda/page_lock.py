@@ -191,7 +191,7 @@ def _advice(error: Exception, read_only: bool) -> str:
             "--ulimit memlock=-1)"
         )
     if read_only:
-        advice.append("or let the server's arena be writable (--arena-writable)")
+        advice.append("else the server has to push")
     return "; " + ", ".join(advice) if advice else ""
 
 

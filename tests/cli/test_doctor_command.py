@@ -181,7 +181,7 @@ def test_device_that_says_it_locks_no_read_only_memory_is_sound_with_a_condition
     find({"device": Outcome(facts | {"page_locks_read_only": False}), "page-lock-read-only": FAILED})
     result = told(capsys)
     assert result["pull"]["works"] is True
-    assert "--arena-writable" in result["pull"]["reason"]
+    assert "has to push" in result["pull"]["reason"]
     assert main(["doctor"]) == 0
     assert "no: it does not; the device says no" in capsys.readouterr().out
 

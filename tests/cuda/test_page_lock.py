@@ -163,7 +163,7 @@ def test_reason_names_error_bytes_reached_limit_and_remedy(
     assert not lock.is_locked
     assert f"{2 * CHUNK} of {5 * PAGE} bytes page-locked" in lock.reason
     assert "CUDA_ERROR_OUT_OF_MEMORY (2)" in lock.reason
-    assert re.search(r"8MiB.*ulimit -l.*--ulimit memlock=-1.*--arena-writable", lock.reason)
+    assert re.search(r"8MiB.*ulimit -l.*--ulimit memlock=-1.*server has to push", lock.reason)
 
 
 def test_device_that_cannot_lock_read_only_is_not_asked_to(mapped: Map, turn_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_device_that_cannot_lock_read_only_is_not_asked_to(mapped: Map, turn_pat
     lock = lock_all(driver, mapped(PAGE), turn_path)
     assert not lock.is_locked
     assert "read-only" in lock.reason
-    assert "--arena-writable" in lock.reason
+    assert "server has to push" in lock.reason
     assert "host_register" not in driver.calls
 
 
