@@ -133,9 +133,9 @@ class SparseOPTForCausalLM(OPTForCausalLM):
                 free. What does not fit stays on disk and is read as it is needed.
             io: how it is read: `direct`, `buffered`, `map`, or `auto`.
             device: `cpu`, `cuda` or `cuda:N`.
-            device_memory: the most that a GPU may be filled with by this process, its context included; `auto`: nine
-                tenths of what is free there. What is left by weights and codes is for neurons, of which
-                `strategy.gpu_cache_ratio` are the most.
+            device_memory: the most that a GPU may be filled with by this process, its context included, and keys and
+                values of 256 tokens (those of more come on top); `auto`: nine tenths of what is free there. What is
+                left by weights and codes is for neurons, of which `strategy.gpu_cache_ratio` are the most.
             dtype: `float16`, `bfloat16`, `float32`; None or `auto`: as the checkpoint or store has it.
             attn_implementation: transformers' name of one, such as `eager`; None: its choice.
             quiet: no progress bar while converting.
