@@ -16,7 +16,7 @@ from opt_family import tensors_in
 from torch import Tensor
 from transformers import OPTForCausalLM
 
-from sparseflow.calibration import activity_statistics
+from sparseflow.calibration import activity_statistics, tensor_records
 from sparseflow.calibration.activations import LayerActivity
 from sparseflow.calibration.cuts import RECALLS
 from sparseflow.calibration.layer_fit import LayerFitter
@@ -346,7 +346,7 @@ class TestProfile:
                 assert chosen.double().mean().item() == pytest.approx(share, rel=0.1), layer
 
     def test_bounds_are_those_of_the_kernel(self, script: ModuleType, layer: CodedLayer) -> None:
-        scores = script.PlaneScores.of(layer.rows, layer.x, FAILURE_PROBABILITY)
+        scores = tensor_records.PlaneScores.of(layer.rows, layer.x, FAILURE_PROBABILITY)
         for cut in (-0.7, 0.0, 1.0):
             first = scores.coarse + cut * scores.coarse_margin
             second = scores.fine + cut * scores.fine_margin
@@ -369,8 +369,8 @@ class TestProfile:
         )
         expected = fitter.fit(layer.rows, FAILURE_PROBABILITY, [], 0).records
         heldout = slice(n_training, None)
-        scores = script.PlaneScores.of(layer.rows, layer.x[heldout], FAILURE_PROBABILITY)
-        found = script.code_records(layer.rows, scores, layer.active[heldout])
+        scores = tensor_records.PlaneScores.of(layer.rows, layer.x[heldout], FAILURE_PROBABILITY)
+        found = tensor_records.code_records(layer.rows, scores, layer.active[heldout])
         assert found.keys() == expected.keys()
         pair = 1 / layer.active[heldout].numel()
         for kind, record in expected.items():
@@ -386,18 +386,18 @@ class TestProfile:
     ) -> None:
         active = layer.active & (not is_silent)
         activity = LayerActivity(layer.x, np.packbits(active.numpy(), axis=1), layer.weight, layer.rows.bias)
-        assert script.layer_statistics(active, 32) == activity_statistics.layer_statistics(activity, 32)
+        assert tensor_records.layer_statistics(active, 32) == activity_statistics.layer_statistics(activity, 32)
 
     def test_layer_that_never_fires_has_records(self, script: ModuleType, layer: CodedLayer) -> None:
-        scores = script.PlaneScores.of(layer.rows, layer.x, FAILURE_PROBABILITY)
-        records = script.code_records(layer.rows, scores, torch.zeros_like(layer.active))
+        scores = tensor_records.PlaneScores.of(layer.rows, layer.x, FAILURE_PROBABILITY)
+        records = tensor_records.code_records(layer.rows, scores, torch.zeros_like(layer.active))
         assert list(records["codes"].found) == [1.0] * len(RECALLS)
         assert list(records["coarse"].candidate_shares) == [0.0] * len(RECALLS)
 
     @pytest.mark.parametrize("n_tokens", [1, 9, 700])
     def test_miss_curve_is_that_of_the_engine(self, script: ModuleType, n_tokens: int) -> None:
         active = torch.rand(n_tokens, 75, generator=fresh_generator()) < 0.1
-        assert script.miss_curve(active) == budgets.miss_curve(active.numpy(), 75).tolist()
+        assert tensor_records.miss_curve(active) == budgets.miss_curve(active.numpy(), 75).tolist()
 
     def test_folder_has_none(self, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert script.main(["--preset", "tiny", "--out", str(tmp_path / "tiny"), "--calibrate"]) == 2
