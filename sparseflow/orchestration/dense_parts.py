@@ -1,14 +1,19 @@
 """A layer's MLP, dense, on a device that does not hold it: one part is computed while the next comes."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.kernels.device.ops import DeviceOps, LayerMemory, ReachableBundles
 from sparseflow.kernels.device.placement import N_PLACED
 from sparseflow.orchestration.device_slots import DENSE_PART_NBYTES
-from sparseflow.orchestration.transport import Transport
+from sparseflow.orchestration.transport import Brought
+
+Bring = Callable[[int, NDArray[np.uint32]], Brought]
 
 
 class DenseParts:
@@ -28,7 +33,7 @@ class DenseParts:
             keeps_first: the slots of a layer hold its first bundles for good: nothing else needs them.
         """
         profile = source.profile
-        self._source, self._layers, self._ops, self._device = source, layers, ops, device
+        self._layers, self._ops, self._device = layers, ops, device
         self._keeps_first, self._filled = keeps_first, [False] * len(layers)
         self._dtype = getattr(torch, profile.dtype)
         self._n_neurons = profile.ffn_dimension
@@ -44,12 +49,13 @@ class DenseParts:
             self._stream = torch.cuda.Stream(device)
             self._is_read = [torch.cuda.Event() for _ in range(2)]
 
-    def compute(self, layer: int, x: Tensor, host: ReachableBundles | None, transport: Transport) -> Tensor:
+    def compute(self, layer: int, x: Tensor, host: ReachableBundles | None, bring: Bring, limit: int) -> Tensor:
         """W2 relu(W1 x + b1) + b2.
 
         Args:
             x: (n_tokens, hidden) float32.
-            host: the layer's bundles where the device reads them by itself; None: they are fetched.
+            host: the layer's bundles where the device reads them by itself; None: they are brought.
+            bring: fetches bundles of a layer to where the device reads them, `limit` at most.
 
         Returns:
             (n_tokens, hidden) float32.
@@ -58,14 +64,14 @@ class DenseParts:
         n_kept = memory.placement.n_slots if self._keeps_first else 0
         y = memory.fc2_bias.repeat(len(x), 1)
         if n_kept:
-            self._fill(layer, n_kept, host, transport)
+            self._fill(layer, n_kept, host, bring, limit)
             self._add(memory, 0, memory.slab[:n_kept], x, y)
         for first in range(n_kept, self._n_neurons, self._n_at_once):
             n = min(self._n_at_once, self._n_neurons - first)
             turn = self._n_moved % 2
             part = self._buffers[turn, :n]
             self._n_moved += 1
-            self._move(layer, first, part, host, transport, turn)
+            self._move(layer, first, part, host, bring, limit, turn)
             self._add(memory, first, part, x, y)
             if self._device.type == "cuda":
                 self._is_read[turn].record()
@@ -102,13 +108,13 @@ class DenseParts:
         self._n_active += torch.count_nonzero(h)
         y += _product(h.to(self._dtype), bundles[:, 1])
 
-    def _fill(self, layer: int, n_kept: int, host: ReachableBundles | None, transport: Transport) -> None:
+    def _fill(self, layer: int, n_kept: int, host: ReachableBundles | None, bring: Bring, limit: int) -> None:
         if self._filled[layer]:
             return
         slab = self._layers[layer].slab
         for first in range(0, n_kept, self._n_at_once):
             n = min(self._n_at_once, n_kept - first)
-            self._move(layer, first, slab[first : first + n], host, transport, None)
+            self._move(layer, first, slab[first : first + n], host, bring, limit, None)
         self._filled[layer] = True
 
     def _move(
@@ -117,13 +123,14 @@ class DenseParts:
         first: int,
         part: Tensor,
         host: ReachableBundles | None,
-        transport: Transport,
+        bring: Bring,
+        limit: int,
         turn: int | None,
     ) -> None:
         """Bundles from `first` on. turn: of the buffer that they go to, once what it held is read."""
         self._nbytes_moved += len(part) * self._bundle_nbytes
         if host is None:
-            self._fetch(layer, first, part, transport)
+            self._fetch(layer, first, part, bring, limit)
         elif self._device.type == "cpu" or turn is None:
             self._copy(host, first, part)
         else:
@@ -137,13 +144,13 @@ class DenseParts:
         for begin, end in host.pieces(first, len(part)):
             part[begin - first : end - first].copy_(host.bundles[begin:end], non_blocking=True)
 
-    def _fetch(self, layer: int, first: int, part: Tensor, transport: Transport) -> None:
+    def _fetch(self, layer: int, first: int, part: Tensor, bring: Bring, limit: int) -> None:
         ids = np.arange(first, first + len(part), dtype=np.uint32)
         counts = torch.zeros(N_PLACED + 1, dtype=torch.int32, device=self._device)
-        for begin in range(0, len(ids), transport.limit):
-            these = ids[begin : begin + transport.limit]
+        for begin in range(0, len(ids), limit):
+            these = ids[begin : begin + limit]
             counts[N_PLACED] = len(these)
-            host, rows, lease = transport.bring(self._source, layer, these)
+            host, rows, lease = bring(layer, these)
             self._ops.gather(host, rows, self._places[begin : begin + len(these)], counts, part)
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()

@@ -15,14 +15,14 @@ from torch.nn import LayerNorm
 
 from sparseflow.core.weight_source import Fetch, WeightSource
 from sparseflow.engine.counts import FetchCounts
-from sparseflow.errors import BadRequest
+from sparseflow.errors import ArenaBusy, BadRequest
 from sparseflow.kernels.device.ops import DeviceOps, LayerMemory, PlainOps, ReachableBundles, TritonOps
 from sparseflow.kernels.device.placement import N_MISSES, N_TOTALS, PlacedStep, Placement
 from sparseflow.orchestration.choosers import Chooser, ChooserOnHost, Mover
 from sparseflow.orchestration.dense_parts import DenseParts
 from sparseflow.orchestration.neuron_predictor import LayeredPredictor, NeuronPredictor, fc1_biases
 from sparseflow.orchestration.stats import DeviceCounts, RunStats, StepCounts
-from sparseflow.orchestration.transport import open_transport
+from sparseflow.orchestration.transport import Brought, HostMemoryReplaced, open_transport
 
 _TOKENS_AT_ONCE = 8
 """A step of more tokens is computed dense."""
@@ -119,9 +119,7 @@ class DeviceCoordinator:
         bundles = self.source.resident_bundles(layer)
         if bundles is None:
             return None
-        if not self.transport.is_of(self.source):
-            self.transport.close()
-            self.transport = open_transport(self.source, self.device, min(self.source.fetch_limit, self._n_neurons))
+        self._renew_transport()
         return self.transport.resident(bundles)
 
     def run(self, layer: int, x: Tensor, y: Tensor, residual: Tensor | None) -> bool:
@@ -178,7 +176,25 @@ class DeviceCoordinator:
                 self._count_dense(1)
 
     def _run_fetching(self, layer: int, x: Tensor, y: Tensor) -> None:
-        """One sparse step; the host learns what is missing, and fetches it. In parts, where slots or leases are few."""
+        """One sparse step; the host learns what is missing, and fetches it.
+
+        Once more where a server with a smaller arena has taken the place of the one that the step began with.
+        """
+        while True:
+            limit = self.source.fetch_limit
+            try:
+                self._run_in_parts(layer, x, y)
+            except ArenaBusy:
+                if self.source.fetch_limit >= limit:
+                    raise
+            else:
+                break
+        if layer + 1 == len(self.layers):
+            self.synchronize()
+            self._release()
+
+    def _run_in_parts(self, layer: int, x: Tensor, y: Tensor) -> None:
+        """In as many parts as slots and leases ask for."""
         memory, step, mask = self.layers[layer], self.step, self.mask[: len(x)]
         self.choose(layer, x)
         most = min(memory.placement.n_slots, self.source.fetch_limit, self.transport.limit)
@@ -187,7 +203,11 @@ class DeviceCoordinator:
             self.ops.place(memory, mask, step, first, first + most)
             missing = self._told_missing(step)
             self._release()  # the device has done all that was before
-            host, rows, lease = self.transport.bring(self.source, layer, missing)
+            try:
+                host, rows, lease = self._brought(layer, missing)
+            except BaseException:
+                memory.placement.forget(step)  # or what has not come would be taken for being there
+                raise
             self._leased += [] if lease is None else [lease]
             if len(missing):
                 self.ops.gather(host, rows, step.places, step.counts, memory.slab)
@@ -195,9 +215,20 @@ class DeviceCoordinator:
                 self.ops.compute(memory, host, rows, step, x, y, None)
             else:
                 self._add(memory, host, rows, step, x, y)
-        if layer + 1 == len(self.layers):
-            self.synchronize()
-            self._release()
+
+    def _brought(self, layer: int, ids: NDArray[np.uint32]) -> Brought:
+        while True:
+            self._renew_transport()
+            try:
+                return self.transport.bring(self.source, layer, ids)
+            except HostMemoryReplaced:
+                continue  # by that of a server's successor, which the fetch has gone to
+
+    def _renew_transport(self) -> None:
+        """Where the source has other memory than before, find the best way from there."""
+        if not self.transport.is_of(self.source):
+            self.transport.close()
+            self.transport = open_transport(self.source, self.device, min(self.source.fetch_limit, self._n_neurons))
 
     def _add(
         self, memory: LayerMemory, host: ReachableBundles, rows: Tensor, step: PlacedStep, x: Tensor, y: Tensor
@@ -218,7 +249,7 @@ class DeviceCoordinator:
         """All neurons, part after part; what has no slot comes from host memory."""
         self._release()
         self._count_dense(len(x))
-        return self.dense_parts.compute(layer, x, self.reach(layer), self.transport)
+        return self.dense_parts.compute(layer, x, self.reach(layer), self._brought, self.transport.limit)
 
     # --- counting
 

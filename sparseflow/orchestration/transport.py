@@ -45,6 +45,10 @@ class Brought(NamedTuple):
     lease: Fetch | None
 
 
+class HostMemoryReplaced(Exception):
+    """What was fetched lies in other memory than the transport is of."""
+
+
 class Transport(Protocol):
     """Makes bundles of a source reachable."""
 
@@ -62,7 +66,7 @@ class Transport(Protocol):
         """Fetch bundles to where the device reads them.
 
         Raises:
-            TimeoutError, ServerError: as fetches do.
+            TimeoutError, ServerError: as fetches do. HostMemoryReplaced: a server's successor has other memory.
         """
         ...
 
@@ -95,6 +99,9 @@ class Pull:
     def bring(self, source: WeightSource, layer: int, ids: NDArray[np.uint32]) -> Brought:
         """As `Transport.bring`."""
         fetch, bundles = _fetched(source, layer, ids)
+        if not 0 <= bundles.base.data_ptr() - self._lock.address < self._lock.nbytes:
+            fetch.release()
+            raise HostMemoryReplaced
         rows = torch.from_numpy(bundles.slots.astype("int32")).to(self._device)
         return Brought(ReachableBundles(bundles.base, self._address(bundles.base)), rows, fetch)
 

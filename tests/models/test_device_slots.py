@@ -4,6 +4,7 @@ The slots are kept on the CPU here: the same decisions as on a GPU, in plain PyT
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from sparseflow.errors import BadRequest, NotEnoughMemory, ServerError
 from sparseflow.orchestration.choosers import Mover
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator
 from sparseflow.orchestration.device_slots import LEAST_SHARE, DevicePlan
+from sparseflow.orchestration.transport import HostMemoryReplaced
 
 MakeFolder = Callable[[str, str], Path]
 RATIOS = [0.02, 0.3, 1.0]
@@ -145,6 +147,43 @@ def test_the_same_text_with_layers_streamed(n_kept: int, demo_model: Path) -> No
     assert torch.equal(continued(plain, ids), continued(model, ids))
     with pytest.raises(NotEnoughMemory, match="allow more"):
         opened(demo_model, 0.3, device_memory=fixed + others + layer_nbytes)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 7])
+def test_what_has_not_come_is_not_taken_for_being_there(
+    fails_at: int, family_checkpoint: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, strategy = family_checkpoint("base", "float32"), OffloadStrategy(cpu_cache_ratio=0.5)
+    plain, slotted = (opened(checkpoint, each, strategy=strategy) for each in (None, 0.3))
+    ids = opt_family.random_ids(plain.config, 1, 4)  # few enough to be computed sparse from the prompt on
+    bring, n_brought = slotted.coordinator.transport.bring, itertools.count()
+
+    def failing(*words: Any) -> Any:
+        if next(n_brought) == fails_at:
+            raise TimeoutError("the disk does not answer")
+        return bring(*words)
+
+    monkeypatch.setattr(slotted.coordinator.transport, "bring", failing)
+    with pytest.raises(TimeoutError):
+        continued(slotted, ids)
+    assert torch.equal(continued(plain, ids), continued(slotted, ids))
+
+
+def test_memory_that_was_replaced_is_asked_again(
+    family_checkpoint: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, strategy = family_checkpoint("base", "float32"), OffloadStrategy(cpu_cache_ratio=0.5)
+    plain, slotted = (opened(checkpoint, each, strategy=strategy) for each in (None, 0.3))
+    ids = opt_family.random_ids(plain.config, 1, 4)
+    bring, n_brought = slotted.coordinator.transport.bring, itertools.count()
+
+    def moving(*words: Any) -> Any:
+        if next(n_brought) % 5 == 3:
+            raise HostMemoryReplaced
+        return bring(*words)
+
+    monkeypatch.setattr(slotted.coordinator.transport, "bring", moving)
+    assert torch.equal(continued(plain, ids), continued(slotted, ids))
 
 
 def test_threads_take_turns(family_checkpoint: MakeFolder) -> None:

@@ -117,6 +117,12 @@ class Placement:
             num_warps=SHAPE.warps,
         )  # fmt: skip
 
+    def forget(self, step: PlacedStep) -> None:
+        """Take the slots back that a step has given, for bundles that have not come."""
+        n = int(step.counts[N_PLACED])
+        self.slot_of[step.missing[:n].long()] = -1
+        self.neuron_in[step.places[:n].long()] = -1
+
     def place_ref(self, mask: Tensor, step: PlacedStep, first: int = 0, end: int = 2**31 - 1) -> None:
         """The same in plain PyTorch, on any device."""
         now = int(self.clock) + 1
