@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import LayerNorm
 from torch.nn.functional import layer_norm
@@ -17,7 +18,6 @@ from sparseflow.orchestration.low_rank import LowRank
 
 if TYPE_CHECKING:
     from sparseflow.kernels.device.token_codes import TokenSums
-    from sparseflow.orchestration.neuron_predictor import LayerPredictor
 
 
 class Chooser(Protocol):
@@ -132,13 +132,23 @@ class ChooserByLowRank:
         return 0
 
 
+class Selector(Protocol):
+    """What is asked of a layer's predictor on the CPU."""
+
+    nbytes_read: int
+
+    def select(self, x: Tensor) -> NDArray[np.uint32]:
+        """As `NeuronPredictor.select`."""
+        ...
+
+
 class ChooserOnHost:
     """A predictor of the CPU, for device slots that are kept on one."""
 
     nbytes = 0
     pass_nbytes = 0
 
-    def __init__(self, predictor: "LayerPredictor") -> None:
+    def __init__(self, predictor: Selector) -> None:
         self._predictor = predictor
         self._told = 0
 
