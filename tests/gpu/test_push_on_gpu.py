@@ -1,4 +1,4 @@
-"""Bundles that a server's child pushes to torch's memory on a real GPU: `pytest -m gpu tests/gpu/test_push.py`."""
+"""Bundles that a server's child pushes to torch's memory on a real GPU: `pytest -m gpu tests/gpu/test_push_on_gpu.py`."""
 
 import os
 import signal

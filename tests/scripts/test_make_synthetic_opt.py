@@ -249,6 +249,7 @@ class TestStore:
         assert (resumed / DENSE_NAME).stat().st_mtime_ns == written_ns
         assert Manifest.load(resumed).files == Manifest.load(store).files
 
+    @pytest.mark.slow
     def test_peak_memory_is_a_few_layers(self, tmp_path: Path) -> None:
         hidden, ffn, layers, vocab = 1024, 4096, 10, 4000
         sizes = (hidden, ffn, layers, 16, vocab, 64)

@@ -11,7 +11,7 @@ from sparseflow.kernels.device.token_codes import TokenSums, normalise_and_sum, 
 from sparseflow.store.codes import GROUP, code_rows, draw_dither
 
 FAILURE_PROBABILITY = 1e-12
-SIZES = [(1, 1), (2, 63), (33, 128), (50, 129), (64, 700)]  # neurons, hidden
+SIZES = [(1, 1), (2, 63), (33, 128), (50, 129), (40, 300)]  # neurons, hidden
 
 
 def coded(rng: np.random.Generator, weight: np.ndarray, bias: np.ndarray) -> CodedRows:

@@ -81,7 +81,7 @@ def check(placement: Placement, step: PlacedStep, model: Model, ids: list[int]) 
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(some.data())
 def test_slots_are_given_as_a_list_would_be_kept(data: some.DataObject) -> None:
     n_neurons, n_slots = data.draw(some.integers(1, 40)), data.draw(some.integers(1, 20))
