@@ -1,4 +1,4 @@
-"""Dense weights that a server lends on a real GPU, as torch's tensors: `pytest -m gpu tests/gpu/test_lent_dense_on_gpu.py`."""
+"""Dense weights that a server lends on a real GPU, as torch's tensors."""
 
 import os
 import signal

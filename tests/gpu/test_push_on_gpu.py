@@ -1,4 +1,4 @@
-"""Bundles that a server's child pushes to torch's memory on a real GPU: `pytest -m gpu tests/gpu/test_push_on_gpu.py`."""
+"""Bundles that a server's child pushes to torch's memory on a real GPU."""
 
 import os
 import signal
