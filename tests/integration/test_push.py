@@ -332,7 +332,10 @@ FAILING = [  # variable, value, where it shows, what is said
 ]
 
 
-@pytest.mark.parametrize(("variable", "value", "where", "message"), FAILING, ids=[f"{v}={w}" for v, w, *_ in FAILING])
+CASES = [getattr(case, "values", case) for case in FAILING]
+
+
+@pytest.mark.parametrize(("variable", "value", "where", "message"), FAILING, ids=[f"{v}={w}" for v, w, *_ in CASES])
 def test_driver_that_fails_hangs_or_crashes_is_one_error_and_the_session_goes_on(
     host: Host, shards: ServedShards, driver: CudaDriver, variable: str, value: str, where: str, message: str
 ) -> None:
