@@ -98,7 +98,10 @@ class PlacedModel:
         """None on a CPU, and for a model with parts that it does not know."""
         if self.device.type == "cpu" or not TokenStep.can_run(self._model) or self._coordinator is None:
             return None
-        return TokenStep(self._model, self._coordinator)
+        step = TokenStep(self._model, self._coordinator)
+        if self._stream is not None and self._stream.reason:
+            step.uses_graph = False  # which cannot hold copies from memory that is not page-locked
+        return step
 
     def report(self) -> dict[str, Any]:
         """What lies on the device, in bytes, and how neurons get there."""
@@ -112,6 +115,7 @@ class PlacedModel:
             "uses_graph": step is not None and step.uses_graph,
             "borrows_dense": self._lent is not None,
             "n_streamed_layers": 0 if self._stream is None else self._stream.n_layers,
+            "streaming_reason": None if self._stream is None else self._stream.reason or None,
         }
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ Else it learns from one copy which bundles are missing, and fetches them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from sparseflow.orchestration.neuron_predictor import LayeredPredictor, NeuronPr
 from sparseflow.orchestration.stats import DeviceCounts, RunStats, StepCounts
 from sparseflow.orchestration.transport import Brought, HostMemoryReplaced, open_transport
 
+T = TypeVar("T")
 _TOKENS_AT_ONCE = 8
 """A step of more tokens is computed dense."""
 
@@ -176,28 +177,32 @@ class DeviceCoordinator:
                 self._count_dense(1)
 
     def _run_fetching(self, layer: int, x: Tensor, y: Tensor) -> None:
-        """One sparse step; the host learns what is missing, and fetches it.
-
-        Once more where a server with a smaller arena has taken the place of the one that the step began with.
-        """
-        while True:
-            limit = self.source.fetch_limit
-            try:
-                self._run_in_parts(layer, x, y)
-            except ArenaBusy:
-                if self.source.fetch_limit >= limit:
-                    raise
-            else:
-                break
+        """One sparse step; the host learns what is missing, and fetches it."""
+        self._once_more_with_less(lambda: self._run_in_parts(layer, x, y))
         if layer + 1 == len(self.layers):
             self.synchronize()
             self._release()
+
+    @property
+    def _most_at_once(self) -> int:
+        """Bundles that can be brought together."""
+        return min(self.source.fetch_limit, self.transport.limit)
+
+    def _once_more_with_less(self, run: Callable[[], T]) -> T:
+        """Again where less can be brought at once than when it began: a server's successor may have a smaller arena."""
+        while True:
+            most = self._most_at_once
+            try:
+                return run()
+            except ArenaBusy:
+                if self._most_at_once >= most:
+                    raise
 
     def _run_in_parts(self, layer: int, x: Tensor, y: Tensor) -> None:
         """In as many parts as slots and leases ask for."""
         memory, step, mask = self.layers[layer], self.step, self.mask[: len(x)]
         self.choose(layer, x)
-        most = min(memory.placement.n_slots, self.source.fetch_limit, self.transport.limit)
+        most = min(memory.placement.n_slots, self._most_at_once)
         n_candidates = int(mask.any(0).sum())
         for first in range(0, max(n_candidates, 1), most):
             self.ops.place(memory, mask, step, first, first + most)
@@ -219,6 +224,10 @@ class DeviceCoordinator:
     def _brought(self, layer: int, ids: NDArray[np.uint32]) -> Brought:
         while True:
             self._renew_transport()
+            if len(ids) > self.transport.limit:
+                raise ArenaBusy(
+                    f"{len(ids)} bundles are asked for together, {self.transport.name} brings {self.transport.limit}"
+                )
             try:
                 return self.transport.bring(self.source, layer, ids)
             except HostMemoryReplaced:
@@ -249,7 +258,9 @@ class DeviceCoordinator:
         """All neurons, part after part; what has no slot comes from host memory."""
         self._release()
         self._count_dense(len(x))
-        return self.dense_parts.compute(layer, x, self.reach(layer), self._brought, self.transport.limit)
+        return self._once_more_with_less(
+            lambda: self.dense_parts.compute(layer, x, self.reach(layer), self._brought, self._most_at_once)
+        )
 
     # --- counting
 

@@ -40,7 +40,7 @@ class LayerStream:
         self._host = torch.from_numpy(self._arena.slots)
         self._lock = _locked(self._arena.slots, device)
         self.reason = self._lock if isinstance(self._lock, str) else ""
-        """Why it is not page-locked; empty where it is."""
+        """Why it is not page-locked, so that copies wait for each other; empty where it is."""
         self._buffers = torch.empty(2, end, dtype=torch.uint8, device=device)
         self._brought: int | None = None  # the layer brought last
         if device.type == "cuda":

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparseflow import DiskWeightStore, OffloadStrategy, SparseFlowConfig, SparseOPTForCausalLM
-from sparseflow.errors import BadRequest, NotEnoughMemory, ServerError
+from sparseflow.errors import ArenaBusy, BadRequest, NotEnoughMemory, ServerError
 from sparseflow.orchestration.choosers import Mover
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator
 from sparseflow.orchestration.device_slots import LEAST_SHARE, DevicePlan
@@ -184,6 +184,34 @@ def test_memory_that_was_replaced_is_asked_again(
 
     monkeypatch.setattr(slotted.coordinator.transport, "bring", moving)
     assert torch.equal(continued(plain, ids), continued(slotted, ids))
+
+
+@pytest.mark.parametrize("length", [4, 12], ids=["sparse prompt", "dense prompt"])
+def test_a_successor_that_brings_less_at_once_is_asked_for_less(
+    length: int, family_checkpoint: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, strategy = family_checkpoint("base", "float32"), OffloadStrategy(cpu_cache_ratio=0.5)
+    plain, slotted = (opened(checkpoint, each, strategy=strategy) for each in (None, 0.3))
+    ids = opt_family.random_ids(plain.config, 1, length)
+    transport, n_brought = slotted.coordinator.transport, itertools.count()
+    bring = transport.bring
+
+    def shrinking(source: Any, layer: int, asked: Any) -> Any:
+        if next(n_brought) == 1:
+            transport.limit = 5
+            raise ArenaBusy("the arena is smaller now")
+        assert len(asked) <= transport.limit
+        return bring(source, layer, asked)
+
+    monkeypatch.setattr(transport, "bring", shrinking)
+    assert torch.equal(continued(plain, ids), continued(slotted, ids))
+    monkeypatch.setattr(transport, "bring", lambda *_: raise_busy())
+    with pytest.raises(ArenaBusy):  # where nothing has changed, once more is of no use
+        continued(slotted, ids)
+
+
+def raise_busy() -> None:
+    raise ArenaBusy("all slots are leased")
 
 
 def test_threads_take_turns(family_checkpoint: MakeFolder) -> None:
