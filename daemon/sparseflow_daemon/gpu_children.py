@@ -213,7 +213,7 @@ class GpuChildren:
 
     def _on_death(self, child: GpuChild) -> None:
         """Its process is dead: nothing of it writes anywhere any more."""
-        code = child.process.wait()
+        code = child.process.wait(_KILL_TIMEOUT_S)  # its pidfd says that it is dead
         if child.desk.is_usable:
             self._on_packets(child)  # its last words
         self._give_up(child, f"exit code {code}")

@@ -34,6 +34,7 @@ SERVER = "gpu-bench"
 RUNTIME_DIR = "SPARSEFLOW_RUNTIME_DIR"
 _ROOT = Path(__file__).parents[2]
 _SEARCHED = (_ROOT, _ROOT / "daemon")
+_REAP_S = 10.0  # after a kill
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ class Child:
         code = self._process.poll()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_REAP_S)
         for pipe in filter(None, (self._process.stdin, self._process.stdout)):
             with suppress(BrokenPipeError):
                 pipe.close()
