@@ -85,6 +85,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         help="at most this share of all bundles has a slot on the GPU",
     )
     parser.add_argument(
+        "--device-hints",
+        action="store_true",
+        help="bring bundles to the GPU while attention computes, as foreseen in the layer before",
+    )
+    parser.add_argument(
         "--borrow-dense",
         action="store_true",
         help="with --server: use dense weights and codes as it keeps them on the GPU (its --share-dense-gpu)",
@@ -100,4 +105,5 @@ def strategy_of(arguments: argparse.Namespace) -> OffloadStrategy:
         aggressive_offload=arguments.aggressive_offload,
         activation_threshold=arguments.activation_threshold,
         eviction=arguments.eviction,
+        device_hints=getattr(arguments, "device_hints", default.device_hints),
     )

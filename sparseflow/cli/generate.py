@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             fidelity=arguments.fidelity,
             activation_threshold=arguments.activation_threshold,
             gpu_cache_ratio=arguments.gpu_cache_ratio,
+            device_hints=arguments.device_hints,
             borrows_dense=arguments.borrow_dense,
             **where,
         )

@@ -51,6 +51,10 @@ class OffloadStrategy:
     """`auto`: a GPU keeps bundles in slots, a CPU computes them where they lie. `copy`: a CPU copies them to slots as
     well, which is slower, and what a GPU does otherwise."""
 
+    device_hints: bool = False
+    """Bring bundles to their device slots while attention computes, as foreseen in the layer before. The first tokens
+    find out for which layers that is worth while."""
+
     def __post_init__(self) -> None:
         for name in ("gpu_cache_ratio", "cpu_cache_ratio"):
             value = getattr(self, name)

@@ -85,10 +85,17 @@ class PlacedModel:
         Raises:
             NotEnoughMemory: not even one slot a layer.
         """
-        slots = self._plan.slots(self._model.sparseflow_config.strategy.gpu_cache_ratio)
-        streamed_nbytes = 0 if self._stream is None else self._stream.n_layers * self._stream.layer_nbytes
+        strategy = self._model.sparseflow_config.strategy
         self._coordinator = DeviceCoordinator(
-            self._source, self._predictor, self._choosers, fc2_biases, self.device, slots, streamed_nbytes
+            self._source,
+            self._predictor,
+            self._choosers,
+            fc2_biases,
+            [layer.mlp_norm for layer in self._model.model.decoder.layers],
+            self.device,
+            self._plan.slots(strategy.gpu_cache_ratio),
+            0 if self._stream is None else self._stream.n_layers * self._stream.layer_nbytes,
+            moves_hints=strategy.device_hints,
         )
         if self._lent is not None:
             self._coordinator.before_pass = self._lent.require

@@ -175,6 +175,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         device: str = "cpu",
         device_memory: str | int = "auto",
         gpu_cache_ratio: float = OffloadStrategy().gpu_cache_ratio,
+        device_hints: bool = False,
         borrows_dense: bool = False,
         attn_implementation: str | None = None,
         activation_threshold: float = 1.0,
@@ -186,7 +187,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             name: of the server.
             model: which of its models; None: its only one.
             device, device_memory: as `from_pretrained` is told.
-            gpu_cache_ratio, activation_threshold: as in `OffloadStrategy`.
+            gpu_cache_ratio, device_hints, activation_threshold: as in `OffloadStrategy`.
             borrows_dense: as in `SparseFlowConfig`.
             source: what `WeightClient` takes: `expected`, `load_timeout_s`, `reconnect_timeout_s`.
 
@@ -198,7 +199,10 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         client = WeightClient(name, model, **source)
         try:
             strategy = replace(
-                client.strategy, activation_threshold=activation_threshold, gpu_cache_ratio=gpu_cache_ratio
+                client.strategy,
+                activation_threshold=activation_threshold,
+                gpu_cache_ratio=gpu_cache_ratio,
+                device_hints=device_hints,
             )
             config = SparseFlowConfig(
                 client.profile,

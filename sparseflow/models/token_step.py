@@ -14,7 +14,7 @@ from transformers import Cache
 
 from sparseflow.kernels.device.ops import ReachableBundles
 from sparseflow.models.kv_cache import Room, can_reserve, reserve, room_of
-from sparseflow.orchestration.device_coordinator import DeviceCoordinator
+from sparseflow.orchestration.device_coordinator import Ahead, DeviceCoordinator
 
 if TYPE_CHECKING:
     from sparseflow.models.opt_sparse import SparseOPTForCausalLM
@@ -25,6 +25,7 @@ class TokenStep:
 
     def __init__(self, model: "SparseOPTForCausalLM", coordinator: DeviceCoordinator) -> None:
         decoder, device, dtype = model.model.decoder, model.device, model.dtype
+        self._device, self._dtype = device, dtype  # which a model finds anew whenever it is asked
         self._model, self._coordinator, self._decoder = model, coordinator, decoder
         self._layers = list(decoder.layers)
         attention = self._layers[0].self_attn
@@ -34,7 +35,8 @@ class TokenStep:
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._caches = torch.zeros(len(self._layers), 3, dtype=torch.int64, device=device)
         self._rooms: list[weakref.ref[Room]] = []
-        self._modules = list(model.modules())
+        modules = list(model.modules())
+        self._hooks = [module._forward_hooks for module in modules] + [module._forward_pre_hooks for module in modules]
         self._stream = torch.zeros(1, hidden, dtype=dtype, device=device)
         self._x = torch.zeros(1, hidden, device=device)
         self._qkv = torch.zeros(attention.num_heads, 3, attention.head_dim, device=device)
@@ -42,6 +44,7 @@ class TokenStep:
         self._logits = torch.zeros(1, 1, model.config.vocab_size, dtype=dtype, device=device)
         self._hosts: list[ReachableBundles] = []
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._hinted_layers: tuple[bool, ...] = ()  # in the graph
         self._n_runs = 0
         self.uses_graph = device.type == "cuda"
 
@@ -91,15 +94,14 @@ class TokenStep:
 
     def _is_watched(self) -> bool:
         """Whether somebody wants to see or change what modules do, or attention is not torch's."""
-        watched = any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
-        return watched or self._model.config._attn_implementation != "sdpa"
+        return any(self._hooks) or self._model.config._attn_implementation != "sdpa"
 
     def _find_bundles(self) -> bool:
-        first = self._coordinator.reach(0)
+        first = self._coordinator.bringer.reach(0)
         if first is None:
             return False
         if not self._hosts or self._hosts[0].address != first.address:
-            hosts = [self._coordinator.reach(layer) for layer in range(len(self._layers))]
+            hosts = [self._coordinator.bringer.reach(layer) for layer in range(len(self._layers))]
             self._hosts = [host for host in hosts if host is not None]
             self._graph, self._n_runs = None, 0
         return len(self._hosts) == len(self._layers)
@@ -118,7 +120,7 @@ class TokenStep:
         if not all(can_reserve(cache, layer) for layer in range(n_layers)):
             return False
         for layer in range(n_layers):
-            reserve(cache, layer, self._shape, self._model.dtype, self._model.device)
+            reserve(cache, layer, self._shape, self._dtype, self._device)
         rooms = [room for layer in range(n_layers) if (room := room_of(cache, layer)) is not None]
         if [ref() for ref in self._rooms] != rooms:
             self._rooms = [weakref.ref(room) for room in rooms]
@@ -129,11 +131,14 @@ class TokenStep:
     def _run(self) -> None:
         """As they are for the first token, which compiles them; as a graph from the second on."""
         self._n_runs += 1
+        hinted_layers = self._coordinator.hinted_layers
+        if self._hinted_layers != hinted_layers:
+            self._graph = None
         if self._graph is None and self.uses_graph and self._n_runs > 1:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._launch()
-            self._graph = graph
+            self._graph, self._hinted_layers = graph, hinted_layers
         if self._graph is None:
             self._launch()
         else:
@@ -147,7 +152,9 @@ class TokenStep:
         decoder, stream, x = self._decoder, self._stream, self._x
         positions = decoder.embed_positions
         embed(self._token, self._position, decoder.embed_tokens.weight, positions.weight, positions.offset, stream)
-        for n, layer in enumerate(self._layers):
+        following = [Ahead(stream, host) for host in self._hosts[1:]]
+        for n, (layer, ahead) in enumerate(zip(self._layers, [*following, None], strict=True)):
+            mlp_x = self._coordinator.inputs[n, :1]
             attention, norm, mlp_norm = layer.self_attn, layer.self_attn_layer_norm, layer.final_layer_norm
             normalise(stream, norm.weight, norm.bias, norm.eps, x)
             with layer.turn:
@@ -155,8 +162,8 @@ class TokenStep:
                 multiply(x, attention.qkv_weight.view(-1, attention.embed_dim), bias, self._qkv)
                 attend(self._qkv, self._caches[n], self._position, attention.scaling, self._attended, stream)
                 multiply(self._attended, attention.out_proj.weight, attention.out_proj.bias, stream, stream)
-            self._coordinator.normalise_and_choose(n, stream, mlp_norm, x)
-            self._coordinator.run_chosen(n, self._hosts[n], x, stream, stream)
+            self._coordinator.normalise_and_choose(n, stream, mlp_norm, mlp_x)
+            self._coordinator.run_chosen(n, self._hosts[n], mlp_x, stream, stream, ahead)
         norm = decoder.final_layer_norm
         normalise(stream, norm.weight, norm.bias, norm.eps, x)
         multiply(x, self._model.lm_head.weight, None, self._logits)

@@ -3,6 +3,7 @@
 An answer is a mask, (n_tokens, ffn_dim) int8, 1 for a candidate of that token.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +35,10 @@ class Chooser(Protocol):
 
     def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
         """The same for one token, once x is filled, (1, hidden), with the norm of the stream, (1, hidden)."""
+        ...
+
+    def beside(self) -> "Chooser":
+        """The same, to be used while this is: with the same weights, and what is between kernels of its own."""
         ...
 
     def take_nbytes_beyond(self) -> int:
@@ -102,6 +107,12 @@ class ChooserByCodes:
             self._sums = self._make_sums(n_tokens)
         return self._sums
 
+    def beside(self) -> "ChooserByCodes":
+        """As `Chooser.beside`; rows of the fine plane are counted together."""
+        twin = copy.copy(self)
+        twin._sums = None
+        return twin
+
     def take_nbytes_beyond(self) -> int:
         """As `Chooser.take_nbytes_beyond`: rows of the fine plane."""
         n_rows = int(self._n_fine_rows)
@@ -127,6 +138,10 @@ class ChooserByLowRank:
         normalise(stream, norm.weight, norm.bias, norm.eps, x)
         self.choose(x, mask)
 
+    def beside(self) -> "ChooserByLowRank":
+        """As `Chooser.beside`."""
+        return self
+
     def take_nbytes_beyond(self) -> int:
         """As `Chooser.take_nbytes_beyond`."""
         return 0
@@ -150,19 +165,26 @@ class ChooserOnHost:
 
     def __init__(self, predictor: Selector) -> None:
         self._predictor = predictor
-        self._told = 0
+        self._nbytes_read = 0
 
     def choose(self, x: Tensor, mask: Tensor) -> None:
         """As `Chooser.choose`: for the first token, what any of them needs."""
+        before = self._predictor.nbytes_read
+        ids = self._predictor.select(x)
+        self._nbytes_read += self._predictor.nbytes_read - before
         mask.zero_()
-        mask[0, torch.from_numpy(self._predictor.select(x).astype(np.int64))] = 1
+        mask[0, torch.from_numpy(ids.astype(np.int64))] = 1
 
     def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
         """As `Chooser.normalise_and_choose`."""
         x.copy_(layer_norm(stream.float(), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps))
         self.choose(x, mask)
 
+    def beside(self) -> "ChooserOnHost":
+        """As `Chooser.beside`."""
+        return self
+
     def take_nbytes_beyond(self) -> int:
         """As `Chooser.take_nbytes_beyond`."""
-        told, self._told = self._told, self._predictor.nbytes_read
-        return self._told - told
+        n, self._nbytes_read = self._nbytes_read, 0
+        return n

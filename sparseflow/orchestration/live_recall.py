@@ -54,6 +54,7 @@ class LiveRecall:
         self._source = source
         self._rng = np.random.default_rng(seed)
         self.pace = SamplingPace(_TIME_SHARE, self._rng, clock)
+        self._n_tokens = 0
         self.is_on = True
         self.every_step = False
         """Sample all, whatever that costs."""
@@ -65,13 +66,41 @@ class LiveRecall:
         sums.steps += 1
         if not self.pace.is_due(step.layer) and not self.every_step:
             return False
+        self._sample(predictor, step.layer, lambda _: step, sums)
+        self.pace.sampled()
+        return True
+
+    def token(
+        self, predictor: NeuronPredictor, n_layers: int, step_of: Callable[[int], SparseStep], sums: RecallSums
+    ) -> None:
+        """A token was decoded, sparse in all layers, by a device that keeps what each was given.
+
+        Args:
+            step_of: asks for what a layer did, which takes time.
+        """
+        if not self.is_on:
+            return
+        sums.steps += n_layers
+        self._n_tokens += 1
+        if self.every_step:
+            layers = list(range(n_layers))
+        elif self.pace.is_due(self._n_tokens):
+            layers = [int(self._rng.integers(n_layers))]
+        else:
+            return
+        for layer in layers:
+            self._sample(predictor, layer, step_of, sums)
+        self.pace.sampled()
+
+    def _sample(
+        self, predictor: NeuronPredictor, layer: int, step_of: Callable[[int], SparseStep], sums: RecallSums
+    ) -> None:
         try:
+            step = step_of(layer)
             sums.add(step.n_active, sample_misses(self._source, predictor, step, self._rng))
             self._source.note_recall(sums.measured)
         except (SparseFlowError, TimeoutError) as error:  # the step itself went well
-            warnings.warn(f"recall was not measured in a step of layer {step.layer}: {error}", stacklevel=2)
-        self.pace.sampled()
-        return True
+            warnings.warn(f"recall was not measured in a step of layer {layer}: {error}", stacklevel=3)
 
 
 def sample_misses(

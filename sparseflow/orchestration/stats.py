@@ -8,13 +8,22 @@ from sparseflow.orchestration.recall_sums import RecallSums
 
 @dataclass
 class DeviceCounts:
-    """Sums over layer steps whose bundles have slots on a device; candidates and misses by layer."""
+    """Sums over layer steps whose bundles have slots on a device; all but bytes by layer."""
 
     candidates: list[int]
     misses: list[int]
     """Candidates that were in no slot."""
+    hinted: list[int]
+    """Bundles that were moved before they were asked for."""
+    foreseen: list[int]
+    """Of those, asked for in the very step that they were moved for."""
     nbytes_moved: int = 0
     """From host memory to the device."""
+
+    @classmethod
+    def zeros(cls, n_layers: int) -> "DeviceCounts":
+        """Of so many layers, before any step."""
+        return cls([0] * n_layers, [0] * n_layers, [0] * n_layers, [0] * n_layers)
 
     @property
     def hit_rate(self) -> float | None:

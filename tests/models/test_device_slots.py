@@ -127,8 +127,11 @@ def test_a_closed_model_computes_no_more(family_checkpoint: MakeFolder) -> None:
     model = opened(family_checkpoint("base", "float32"), 0.3)
     ids = opt_family.random_ids(model.config, 1, 9)
     continued(model, ids, n=2)
+    counted = model.stats.decode.layer_steps
+    continued(model, ids, n=2)
     model.close()
     model.close()
+    assert model.stats.decode.layer_steps == 2 * counted
     with pytest.raises(BadRequest, match="closed"):
         model(ids)
 
@@ -149,6 +152,19 @@ def test_the_same_text_with_layers_streamed(n_kept: int, demo_model: Path) -> No
         opened(demo_model, 0.3, device_memory=fixed + others + layer_nbytes)
 
 
+@pytest.mark.parametrize("mode", ["off", "before"])
+def test_the_same_text_whether_or_not_reads_begin_a_layer_earlier(mode: str, demo_model: Path) -> None:
+    plain = opened(demo_model, None)
+    slotted = opened(demo_model, 0.1, strategy=OffloadStrategy(cpu_cache_ratio=0.2))
+    slotted.coordinator.lookahead.mode = mode
+    ids = torch.arange(10, 20)[None]
+    assert torch.equal(continued(plain, ids), continued(slotted, ids))
+    fetches = slotted.stats.decode.fetches
+    assert fetches is not None
+    assert (fetches.hints_useful > 0) is (mode == "before")
+    assert fetches.hinted >= fetches.hints_useful
+
+
 @pytest.mark.parametrize("fails_at", [0, 1, 7])
 def test_what_has_not_come_is_not_taken_for_being_there(
     fails_at: int, family_checkpoint: MakeFolder, monkeypatch: pytest.MonkeyPatch
@@ -156,14 +172,14 @@ def test_what_has_not_come_is_not_taken_for_being_there(
     checkpoint, strategy = family_checkpoint("base", "float32"), OffloadStrategy(cpu_cache_ratio=0.5)
     plain, slotted = (opened(checkpoint, each, strategy=strategy) for each in (None, 0.3))
     ids = opt_family.random_ids(plain.config, 1, 4)  # few enough to be computed sparse from the prompt on
-    bring, n_brought = slotted.coordinator.transport.bring, itertools.count()
+    bring, n_brought = slotted.coordinator.bringer.transport.bring, itertools.count()
 
     def failing(*words: Any) -> Any:
         if next(n_brought) == fails_at:
             raise TimeoutError("the disk does not answer")
         return bring(*words)
 
-    monkeypatch.setattr(slotted.coordinator.transport, "bring", failing)
+    monkeypatch.setattr(slotted.coordinator.bringer.transport, "bring", failing)
     with pytest.raises(TimeoutError):
         continued(slotted, ids)
     assert torch.equal(continued(plain, ids), continued(slotted, ids))
@@ -175,14 +191,14 @@ def test_memory_that_was_replaced_is_asked_again(
     checkpoint, strategy = family_checkpoint("base", "float32"), OffloadStrategy(cpu_cache_ratio=0.5)
     plain, slotted = (opened(checkpoint, each, strategy=strategy) for each in (None, 0.3))
     ids = opt_family.random_ids(plain.config, 1, 4)
-    bring, n_brought = slotted.coordinator.transport.bring, itertools.count()
+    bring, n_brought = slotted.coordinator.bringer.transport.bring, itertools.count()
 
     def moving(*words: Any) -> Any:
         if next(n_brought) % 5 == 3:
             raise HostMemoryReplaced
         return bring(*words)
 
-    monkeypatch.setattr(slotted.coordinator.transport, "bring", moving)
+    monkeypatch.setattr(slotted.coordinator.bringer.transport, "bring", moving)
     assert torch.equal(continued(plain, ids), continued(slotted, ids))
 
 
@@ -193,7 +209,7 @@ def test_a_successor_that_brings_less_at_once_is_asked_for_less(
     checkpoint, strategy = family_checkpoint("base", "float32"), OffloadStrategy(cpu_cache_ratio=0.5)
     plain, slotted = (opened(checkpoint, each, strategy=strategy) for each in (None, 0.3))
     ids = opt_family.random_ids(plain.config, 1, length)
-    transport, n_brought = slotted.coordinator.transport, itertools.count()
+    transport, n_brought = slotted.coordinator.bringer.transport, itertools.count()
     bring = transport.bring
 
     def shrinking(source: Any, layer: int, asked: Any) -> Any:

@@ -52,10 +52,16 @@ def demo(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def opened(
-    name: Path, *, ratio: float = 1.0, threshold: float = 1.0, fidelity: str = "exact", profiling: bool = True
+    name: Path,
+    *,
+    ratio: float = 1.0,
+    threshold: float = 1.0,
+    fidelity: str = "exact",
+    profiling: bool = True,
+    device_cache: str = "auto",
 ) -> Iterator[SparseOPTForCausalLM]:
     """A sparse model that never goes dense."""
-    strategy = OffloadStrategy(cpu_cache_ratio=ratio, activation_threshold=threshold)
+    strategy = OffloadStrategy(cpu_cache_ratio=ratio, activation_threshold=threshold, device_cache=device_cache)
     with DiskWeightStore(name) as store:
         store.initialize_from_pretrained(strategy=strategy)
         config = SparseFlowConfig(store.profile, strategy, enable_profiling=profiling)
@@ -93,6 +99,38 @@ def test_estimate_agrees_with_the_true_recall_of_the_same_run(demo: Path, how: s
     sums = sampled.decode.sampled
     assert sums.steps == sums.sampled_steps == sampled.decode.layer_steps
     assert sampled.recall_samples == sums.samples > 0
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+def test_a_model_with_device_slots_finds_the_same(demo: Path, ratio: float) -> None:
+    with opened(demo, threshold=0.0) as model:
+        model.coordinator.audit_every = 1
+        decoded(model)
+        audited = model.stats.decode
+    with opened(demo, threshold=0.0, ratio=ratio, device_cache="copy") as model:
+        model.coordinator.live_recall.every_step = True
+        decoded(model)
+        recall, error, sampled = model.stats.recall, model.stats.recall_error, model.stats.decode
+    assert sampled.active_pairs == pytest.approx(audited.active_pairs, rel=1e-3), "the same run"
+    assert recall is not None
+    assert error is not None
+    assert abs(recall - (1 - audited.missed / audited.audited)) <= 4 * error < 0.08
+    assert sampled.sampled.steps == sampled.sampled.sampled_steps == sampled.layer_steps
+    assert sampled.sampled.found == sampled.active_pairs
+
+
+def test_a_model_with_device_slots_samples_a_layer_of_a_token_now_and_then(demo: Path) -> None:
+    outputs = []
+    for n in (3, N_TOKENS + 1):
+        with opened(demo, threshold=0.0, ratio=0.3, device_cache="copy") as model:
+            model.coordinator.live_recall.pace = EveryNth(n)  # type: ignore[assignment]
+            outputs.append(decoded(model).sequences)
+            sums, fetches = model.stats.decode.sampled, model.stats.decode.fetches
+            assert sums.steps == model.stats.decode.layer_steps
+            assert sums.sampled_steps == (N_TOKENS - 1) // n
+            assert fetches is not None
+            assert fetches.hits + fetches.misses == sum(model.stats.decode.device.misses)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("fidelity", ["exact", "certified"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from late_row import Late
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM, StaticCache
 
 from sparseflow import OffloadStrategy, SparseOPTForCausalLM
@@ -16,6 +17,7 @@ from sparseflow.kernels.device.ops import TritonOps
 from sparseflow.models.token_step import TokenStep
 from sparseflow.orchestration.choosers import Mover
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator
+from sparseflow.orchestration.device_hints import DeviceHints, InTurn
 
 CPU = torch.device("cpu")
 
@@ -152,6 +154,59 @@ def test_what_is_no_such_step_is_left_to_the_modules(model: SparseOPTForCausalLM
         assert step(ids, None, None, cache) is None
         handle.remove()
     assert cache.get_seq_length() == n  # nothing was changed
+
+
+def check_streams(hints: DeviceHints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer is foreseen from must be as it was, whenever that is done."""
+    foresee, choose, streams = hints.foresee, hints._choose, []
+
+    def noting(layer: int, stream: torch.Tensor) -> bool:
+        streams.append(stream.clone())
+        return foresee(layer, stream)
+
+    def checking(layer: int, stream: torch.Tensor, mask: torch.Tensor) -> None:
+        assert torch.equal(stream, streams.pop()), "what comes after has changed it"
+        choose(layer, stream, mask)
+
+    monkeypatch.setattr(hints, "foresee", noting)
+    monkeypatch.setattr(hints, "_choose", checking)
+
+
+def test_hints_change_nothing_but_what_is_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = OffloadStrategy(device_cache="copy", gpu_cache_ratio=0.6, device_hints=True)
+    first, moved = torch.tensor([[5]]), []
+    for row in (InTurn(), Late(0, hurry=0.0)):
+        model = SparseOPTForCausalLM.from_pretrained(checkpoint, strategy=strategy)
+        interpret(model)
+        assert isinstance(model.coordinator, DeviceCoordinator)
+        assert model.coordinator.hints is not None
+        hints = model.coordinator.hints
+        hints.ops, hints.row = model.coordinator.ops, row
+        check_streams(hints, monkeypatch)
+        ids, cache = first, DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(torch.arange(4, 13)[None], past_key_values=cache, use_cache=True)
+        for _ in range(3):
+            found, expected = both(model, ids, cache)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            ids = found.argmax(-1)
+        counts = model.stats.decode.device
+        assert counts is not None
+        moved.append((counts.hinted, counts.foreseen, counts.misses))
+        model.close()
+    assert moved[0] == moved[1]
+    assert moved[0][0][0] == 0 < moved[0][0][1]
+    assert moved[0][1][1] > 0
+
+
+def test_recall_is_measured(model: SparseOPTForCausalLM) -> None:
+    assert isinstance(model.coordinator, DeviceCoordinator)
+    model.coordinator.live_recall.every_step = True
+    ids = torch.arange(4, 13)[None]
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
+    assert model.stats.recall == 1
+    assert model.stats.decode.sampled.found == model.stats.decode.active_pairs
 
 
 def test_hidden_states_are_still_to_be_had(model: SparseOPTForCausalLM) -> None:

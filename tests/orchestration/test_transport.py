@@ -60,7 +60,9 @@ def test_a_model_that_stages_says_the_same(family_checkpoint: MakeFolder) -> Non
     staged = SparseOPTForCausalLM.from_pretrained(checkpoint, strategy=OffloadStrategy(device_cache="copy"))
     coordinator, profile = staged.coordinator, staged.source.profile
     assert isinstance(coordinator, DeviceCoordinator)
-    coordinator.transport = Staging("a test", profile.ffn_dimension, torch.empty(2, profile.hidden_dimension), CPU)
+    coordinator.bringer.transport = Staging(
+        "a test", profile.ffn_dimension, torch.empty(2, profile.hidden_dimension), CPU
+    )
     ids = opt_family.random_ids(plain.config, 1, 9)
     texts = [model.generate(ids, max_new_tokens=12, do_sample=False) for model in (plain, staged)]
     assert torch.equal(*texts)
@@ -109,7 +111,7 @@ def test_a_model_that_is_pushed_to_says_the_same(family_checkpoint: MakeFolder, 
     assert isinstance(coordinator, DeviceCoordinator)
     assert isinstance(model.source, DiskWeightStore)
     pushing = PushingStore(model.source, fails_at)
-    coordinator.transport = Push("no lock", pushing, bundle_like(model.source), CPU)
+    coordinator.bringer.transport = Push("no lock", pushing, bundle_like(model.source), CPU)
     ids = opt_family.random_ids(plain.config, 1, 9)
     assert torch.equal(*(each.generate(ids, max_new_tokens=12, do_sample=False) for each in (plain, model)))
     report = model.device_report()

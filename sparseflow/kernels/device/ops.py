@@ -56,6 +56,10 @@ class DeviceOps(Protocol):
         """As `Placement.place`."""
         ...
 
+    def hint(self, layer: LayerMemory, mask: Tensor, step: PlacedStep) -> None:
+        """As `Placement.hint`."""
+        ...
+
     def gather(self, host: ReachableBundles, rows: Tensor, places: Tensor, counts: Tensor, slab: Tensor) -> None:
         """Copy bundle `rows[k]` of the host to `slab[places[k]]`, for as many k as `counts[N_PLACED]` says.
 
@@ -90,6 +94,10 @@ class TritonOps:
         """As `DeviceOps.place`."""
         layer.placement.place(mask, step, first, end)
 
+    def hint(self, layer: LayerMemory, mask: Tensor, step: PlacedStep) -> None:
+        """As `DeviceOps.hint`."""
+        layer.placement.hint(mask, step)
+
     def gather(self, host: ReachableBundles, rows: Tensor, places: Tensor, counts: Tensor, slab: Tensor) -> None:
         """As `DeviceOps.gather`."""
         from sparseflow.kernels.device.gather import gather
@@ -115,6 +123,10 @@ class PlainOps:
     def place(self, layer: LayerMemory, mask: Tensor, step: PlacedStep, first: int = 0, end: int = 2**31 - 1) -> None:
         """As `DeviceOps.place`."""
         layer.placement.place_ref(mask, step, first, end)
+
+    def hint(self, layer: LayerMemory, mask: Tensor, step: PlacedStep) -> None:
+        """As `DeviceOps.hint`."""
+        layer.placement.hint_ref(mask, step)
 
     def gather(self, host: ReachableBundles, rows: Tensor, places: Tensor, counts: Tensor, slab: Tensor) -> None:
         """As `DeviceOps.gather`."""

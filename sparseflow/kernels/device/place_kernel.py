@@ -1,4 +1,4 @@
-"""The kernel of `Placement.place`, whose `place_ref` says in PyTorch what it does.
+"""The kernel of `Placement.place` and `hint`, whose `place_ref` and `hint_ref` say in PyTorch what they do.
 
 One program lists the candidates, then goes over that list, then over the slots. What takes long in it is waiting, for
 memory and for its other warps: so of a layer's neurons it looks at the mask alone, and counts two things in one scan.
@@ -13,8 +13,8 @@ SLOT_LIMIT = 2**16 - 1
 
 @triton.jit
 def _halved(uses, stamp, step, HALVING_STEPS: tl.constexpr):
-    """A count as it is in `step`, of what was used in step `stamp`."""
-    periods = step // HALVING_STEPS - stamp // HALVING_STEPS
+    """A count as it is in `step`, of what `stamp` tells the last step."""
+    periods = step // HALVING_STEPS - tl.abs(stamp) // HALVING_STEPS
     return uses >> tl.minimum(periods, 31)
 
 
@@ -64,10 +64,11 @@ def _list_candidates(
 @triton.jit
 def _use_candidates(
     ids_ptr, slots_ptr, missing_ptr, missing_at_ptr, slot_of_ptr, uses_ptr, stamp_ptr, n_chosen, step,
-    LISTED: tl.constexpr, HALVING_STEPS: tl.constexpr, USE: tl.constexpr, MOST: tl.constexpr,
+    LISTED: tl.constexpr, HALVING_STEPS: tl.constexpr, USE: tl.constexpr, MOST: tl.constexpr, IS_HINT: tl.constexpr,
 ):  # fmt: skip
-    """Count their uses; fill `slots` and what tells of the missing. Returns how many are missing."""
+    """Count their uses; fill `slots` and what tells of the missing. Returns how many are missing, and were foreseen."""
     n_missing = 0
+    n_foreseen = 0
     for first in range(0, n_chosen, LISTED):
         rank = first + tl.arange(0, LISTED)
         is_chosen = rank < n_chosen
@@ -82,10 +83,19 @@ def _use_candidates(
         tl.store(slots_ptr + rank, tl.where(is_missing, -1 - nth, slot), mask=is_chosen)
         tl.store(missing_ptr + nth, neuron, mask=is_missing)
         tl.store(missing_at_ptr + nth, rank, mask=is_missing)
+        n_foreseen += tl.sum((is_chosen & (slot >= 0) & (stamp == -step)).to(tl.int32), 0)
         uses = tl.minimum(_halved(uses, stamp, step, HALVING_STEPS) + USE, MOST)
         tl.store(uses_ptr + neuron, uses, mask=is_chosen)
-        tl.store(stamp_ptr + neuron, tl.zeros([LISTED], tl.int32) + step, mask=is_chosen)
-    return n_missing
+        now = tl.zeros([LISTED], tl.int32) + step
+        if IS_HINT:
+            now = tl.where(is_missing, -now, now)
+        tl.store(stamp_ptr + neuron, now, mask=is_chosen)
+    return n_missing, n_foreseen
+
+
+@triton.jit
+def _add(total_ptr, n):
+    tl.store(total_ptr, tl.load(total_ptr) + n)
 
 
 @triton.jit
@@ -94,9 +104,9 @@ def place(
     ids_ptr, slots_ptr, missing_ptr, missing_at_ptr, place_ptr, counts_ptr, clock_ptr, totals_ptr,
     n_tokens, n_neurons, n_slots, first_rank, end_rank,
     BLOCK: tl.constexpr, LISTED: tl.constexpr, SLOTS: tl.constexpr, HALVING_STEPS: tl.constexpr,
-    USE: tl.constexpr, MOST: tl.constexpr, BITS: tl.constexpr,
+    USE: tl.constexpr, MOST: tl.constexpr, BITS: tl.constexpr, IS_HINT: tl.constexpr,
 ):  # fmt: skip
-    """As `Placement.place` is told."""
+    """As `Placement.place` and `hint` are told."""
     step = tl.load(clock_ptr) + 1
     slot = tl.arange(0, SLOTS)
     is_slot = slot < n_slots
@@ -108,13 +118,13 @@ def place(
     uses = tl.load(uses_ptr + before, mask=is_full, other=0)
     stamp = tl.load(stamp_ptr + before, mask=is_full, other=0)
     worth = tl.where(is_full, 1 + _halved(uses, stamp, step, HALVING_STEPS), 0)
-    n_missing = _use_candidates(
+    n_missing, n_foreseen = _use_candidates(
         ids_ptr, slots_ptr, missing_ptr, missing_at_ptr, slot_of_ptr, uses_ptr, stamp_ptr, n_chosen, step,
-        LISTED, HALVING_STEPS, USE, MOST,
+        LISTED, HALVING_STEPS, USE, MOST, IS_HINT,
     )  # fmt: skip
     tl.debug_barrier()
 
-    may_go = is_slot & ~(is_full & (tl.load(stamp_ptr + before, mask=is_full, other=0) == step))
+    may_go = is_slot & ~(is_full & (tl.abs(tl.load(stamp_ptr + before, mask=is_full, other=0)) == step))
     n_placed = tl.minimum(n_missing, tl.sum(may_go.to(tl.int32), 0))
     limit, n_below = _nth_least(worth, may_go, n_placed, BITS)
     is_below = may_go & (worth < limit)
@@ -133,7 +143,13 @@ def place(
     tl.store(counts_ptr, n_chosen)
     tl.store(counts_ptr + 1, n_missing)
     tl.store(counts_ptr + 2, n_placed)
-    tl.store(clock_ptr, step)
-    tl.store(totals_ptr, tl.load(totals_ptr) + 1)
-    tl.store(totals_ptr + 1, tl.load(totals_ptr + 1) + n_chosen)
-    tl.store(totals_ptr + 2, tl.load(totals_ptr + 2) + n_missing)
+    # Totals lie in the order of `placement.N_STEPS` and those beside it.
+    if IS_HINT:
+        _add(totals_ptr + 3, 1)
+        _add(totals_ptr + 4, n_placed)
+    else:
+        tl.store(clock_ptr, step)
+        _add(totals_ptr, 1)
+        _add(totals_ptr + 1, n_chosen)
+        _add(totals_ptr + 2, n_missing)
+        _add(totals_ptr + 5, n_foreseen)

@@ -4,6 +4,9 @@ One program lists a layer's candidates, finds those without a slot, and gives th
 least used of late, the first slots of those equally used. A use counts `_USE`; a count is halved with every
 `HALVING_STEPS` layer steps (so it is between one and two such periods that a use is remembered well); what the layer
 step uses itself stays. Counts are whole numbers: `Placement.place_ref` does the same in plain PyTorch, to the bit.
+
+A hint gives slots beforehand, without counting uses: what it foresees stays until the layer step has been placed, and
+what that does not use is among the first to go after it.
 """
 
 from dataclasses import dataclass
@@ -33,9 +36,10 @@ SHAPE = Shape()
 N_CANDIDATES, N_MISSES, N_PLACED = range(3)
 """Places in `PlacedStep.counts`."""
 _N_COUNTS = 4
-N_STEPS, N_CHOSEN, N_MISSED = range(3)
-"""Places in `Placement.totals`."""
-N_TOTALS = 3
+N_STEPS, N_CHOSEN, N_MISSED, N_HINTS, N_HINTED, N_FORESEEN = range(6)
+"""Places in `Placement.totals`: layer steps, candidates, those without a slot; hints, what they gave slots, and what of
+that the layer step used."""
+N_TOTALS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +87,13 @@ class Placement:
     """Which neurons of one layer lie in which of its device slots."""
 
     def __init__(self, n_neurons: int, n_slots: int, device: torch.device, totals: Tensor | None = None) -> None:
-        """totals: (N_TOTALS,) int64 on the device, to which layer steps, candidates and missing ones are added."""
+        """totals: (N_TOTALS,) int64 on the device, to which is added."""
         self.n_neurons, self.n_slots = n_neurons, n_slots
         self.slot_of = torch.full((n_neurons,), -1, dtype=torch.int32, device=device)
         self.neuron_in = torch.full((n_slots,), -1, dtype=torch.int32, device=device)
         self.uses = torch.zeros(n_neurons, dtype=torch.int32, device=device)
         self.stamp = torch.zeros(n_neurons, dtype=torch.int32, device=device)
+        """The layer step that each was used in last; negative: that it was given a slot for, and not used in."""
         self.clock = torch.zeros(1, dtype=torch.int32, device=device)
         """Layer steps so far."""
         self.totals = torch.zeros(N_TOTALS, dtype=torch.int64, device=device) if totals is None else totals
@@ -101,6 +106,16 @@ class Placement:
             step: to be filled.
             first, end: of all candidates, in ascending order, those of this range only.
         """
+        self._place(mask, step, first, end, is_hint=False)
+
+    def hint(self, mask: Tensor, step: PlacedStep) -> None:
+        """Give slots to what the next layer step may need: the first of it, for at most half of all slots.
+
+        mask, step: as `place` is told.
+        """
+        self._place(mask, step, 0, self.n_slots // 2, is_hint=True)
+
+    def _place(self, mask: Tensor, step: PlacedStep, first: int, end: int, *, is_hint: bool) -> None:
         import triton
 
         from sparseflow.kernels.device.place_kernel import SLOT_LIMIT, place
@@ -113,8 +128,8 @@ class Placement:
             len(mask), self.n_neurons, self.n_slots, first, end,
             BLOCK=min(SHAPE.block, triton.next_power_of_2(self.n_neurons)),
             LISTED=min(SHAPE.listed, triton.next_power_of_2(self.n_neurons)),
-            SLOTS=triton.next_power_of_2(self.n_slots), HALVING_STEPS=HALVING_STEPS, USE=_USE, MOST=_MOST, BITS=_BITS,
-            num_warps=SHAPE.warps,
+            SLOTS=triton.next_power_of_2(self.n_slots), HALVING_STEPS=HALVING_STEPS, USE=0 if is_hint else _USE,
+            MOST=_MOST, BITS=_BITS, IS_HINT=is_hint, num_warps=SHAPE.warps,
         )  # fmt: skip
 
     def forget(self, step: PlacedStep) -> None:
@@ -124,19 +139,35 @@ class Placement:
         self.neuron_in[step.places[:n].long()] = -1
 
     def place_ref(self, mask: Tensor, step: PlacedStep, first: int = 0, end: int = 2**31 - 1) -> None:
-        """The same in plain PyTorch, on any device."""
-        now = int(self.clock) + 1
+        """`place` in plain PyTorch, on any device."""
         ids = mask.any(0).nonzero().flatten()[first:end]
+        n_foreseen = int(((self.stamp[ids] == -1 - self.clock) & (self.slot_of[ids] >= 0)).sum())
+        n_missing, _ = self._place_ref(ids, step, _USE)
+        self.stamp[ids] = self.clock + 1
+        self.clock += 1
+        self._add_to_totals({N_STEPS: 1, N_CHOSEN: len(ids), N_MISSED: n_missing, N_FORESEEN: n_foreseen})
+
+    def hint_ref(self, mask: Tensor, step: PlacedStep) -> None:
+        """`hint` in plain PyTorch, on any device."""
+        ids = mask.any(0).nonzero().flatten()[: self.n_slots // 2]
+        _, n_placed = self._place_ref(ids, step, 0)
+        missing = step.missing[: int(step.counts[N_MISSES])].long()
+        self.stamp[missing] = -1 - self.clock
+        self._add_to_totals({N_HINTS: 1, N_HINTED: n_placed})
+
+    def _place_ref(self, ids: Tensor, step: PlacedStep, use: int) -> tuple[int, int]:
+        """Fill `step`; each of `ids` is stamped with the step that comes. Returns how many missed, and were placed."""
+        now = int(self.clock) + 1
         slots = self.slot_of[ids]
         missing_at = (slots < 0).nonzero().flatten()
         missing = ids[missing_at]
         slots[missing_at] = -1 - torch.arange(len(missing), dtype=torch.int32, device=ids.device)
-        self.uses[ids] = (self._halved(ids, now) + _USE).clamp_max(_MOST)
+        self.uses[ids] = (self._halved(ids, now) + use).clamp_max(_MOST)
         self.stamp[ids] = now
         is_full = self.neuron_in >= 0
         before = self.neuron_in.clamp_min(0).long()
         worth = torch.where(is_full, 1 + self._halved(before, now), 0)
-        may_go = (~is_full | (self.stamp[before] != now)).nonzero().flatten()
+        may_go = (~is_full | (self.stamp[before].abs() != now)).nonzero().flatten()
         n_placed = min(len(missing), len(may_go))
         going = may_go[torch.sort(worth[may_go], stable=True).indices[:n_placed]].sort().values
         victims = self.neuron_in[going]
@@ -150,9 +181,12 @@ class Placement:
         ):  # fmt: skip
             filled[: len(values)] = values
         step.counts[:] = torch.tensor([len(ids), len(missing), n_placed], dtype=torch.int32)
-        self.clock.fill_(now)
-        self.totals += torch.tensor([1, len(ids), len(missing)], device=self.totals.device)
+        return len(missing), n_placed
+
+    def _add_to_totals(self, found: dict[int, int]) -> None:
+        for place, n in found.items():
+            self.totals[place] += n
 
     def _halved(self, neurons: Tensor, step: int) -> Tensor:
-        periods = step // HALVING_STEPS - self.stamp[neurons] // HALVING_STEPS
+        periods = step // HALVING_STEPS - self.stamp[neurons].abs() // HALVING_STEPS
         return self.uses[neurons] >> periods.clamp_max(31)

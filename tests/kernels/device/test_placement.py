@@ -10,6 +10,8 @@ from sparseflow.kernels.device import placement as module
 from sparseflow.kernels.device.placement import (
     HALVING_STEPS,
     N_CANDIDATES,
+    N_FORESEEN,
+    N_HINTED,
     N_MISSES,
     N_PLACED,
     PlacedStep,
@@ -33,6 +35,9 @@ class Model:
 
     def __init__(self, n_slots: int) -> None:
         self.neuron_in: list[int | None] = [None] * n_slots
+        self.foreseen: set[int] = set()  # what a hint has given slots for the step that comes
+        self.stays: set[int] = set()  # until then
+        self.n_hinted = self.n_foreseen = 0
         self.uses: dict[int, int] = {}
         self.used_in: dict[int, int] = {}
         self.step = 0
@@ -41,6 +46,20 @@ class Model:
         periods = self.step // HALVING_STEPS - self.used_in.get(neuron, 0) // HALVING_STEPS
         return self.uses.get(neuron, 0) >> periods
 
+    def hint(self, ids: list[int]) -> None:
+        """Slots for what may come next; of what is there already it stays."""
+        ids = ids[: len(self.neuron_in) // 2]
+        missing = [neuron for neuron in ids if neuron not in self.neuron_in]
+        self.step += 1
+        kept = {neuron: (self.worth(neuron), self.step) for neuron in ids}
+        self._give(missing, set(ids))
+        for neuron, (worth, step) in kept.items():
+            self.uses[neuron], self.used_in[neuron] = worth, step
+        self.step -= 1
+        placed = {neuron for neuron in missing if neuron in self.neuron_in}
+        self.foreseen, self.stays = placed, set(ids)
+        self.n_hinted += len(placed)
+
     def place(self, ids: list[int]) -> tuple[list[int | None], list[int]]:
         """Slots of ids, None for none; and the missing ones."""
         self.step += 1
@@ -48,7 +67,13 @@ class Model:
         for neuron in ids:
             self.uses[neuron] = min(self.worth(neuron) + 16, 32 * HALVING_STEPS)
             self.used_in[neuron] = self.step
-        may_go = [slot for slot, neuron in enumerate(self.neuron_in) if neuron not in ids]
+        self._give(missing, {*ids, *self.stays})
+        self.n_foreseen += len(self.foreseen & set(ids))
+        self.foreseen, self.stays = set(), set()
+        return [self.neuron_in.index(neuron) if neuron in self.neuron_in else None for neuron in ids], missing
+
+    def _give(self, missing: list[int], stays: set[int]) -> None:
+        may_go = [slot for slot, neuron in enumerate(self.neuron_in) if neuron not in stays]
 
         def worth_in(slot: int) -> int:
             neuron = self.neuron_in[slot]
@@ -57,7 +82,6 @@ class Model:
         going = sorted(sorted(may_go, key=worth_in)[: len(missing)])
         for slot, neuron in zip(going, missing, strict=False):
             self.neuron_in[slot] = neuron
-        return [self.neuron_in.index(neuron) if neuron in self.neuron_in else None for neuron in ids], missing
 
 
 def check(placement: Placement, step: PlacedStep, model: Model, ids: list[int]) -> None:
@@ -79,6 +103,16 @@ def check(placement: Placement, step: PlacedStep, model: Model, ids: list[int]) 
     assert {neuron: slot for neuron, slot in enumerate(slot_of) if slot >= 0} == {
         neuron: slot for slot, neuron in enumerate(model.neuron_in) if neuron is not None
     }
+    assert placement.totals[N_HINTED] == model.n_hinted
+    assert placement.totals[N_FORESEEN] == model.n_foreseen
+
+
+def check_hinted(steps: list[PlacedStep], model: Model) -> None:
+    """What has to be moved for a hint is said."""
+    for step in steps:
+        n_placed = int(step.counts[N_PLACED])
+        moved = dict(zip(step.missing[:n_placed].tolist(), step.places[:n_placed].tolist(), strict=True))
+        assert moved == {neuron: model.neuron_in.index(neuron) for neuron in model.foreseen}
 
 
 @settings(max_examples=10, deadline=None)
@@ -89,6 +123,14 @@ def test_slots_are_given_as_a_list_would_be_kept(data: some.DataObject) -> None:
     steps = [PlacedStep.empty(n_neurons, HERE) for _ in range(2)]
     models = [Model(n_slots), Model(n_slots)]
     for _ in range(data.draw(some.integers(1, 6))):
+        if data.draw(some.booleans()):
+            foreseen = data.draw(some.sets(some.integers(0, n_neurons - 1)))
+            mask = mask_of(foreseen, n_neurons, data.draw(some.integers(1, 3)))
+            fast.hint(mask, steps[0])
+            twin.hint_ref(mask, steps[1])
+            for model in models:
+                model.hint(sorted(foreseen))
+            check_hinted(steps, models[0])
         ids = data.draw(some.sets(some.integers(0, n_neurons - 1)))
         mask = mask_of(ids, n_neurons, data.draw(some.integers(1, 3)))
         fast.place(mask, steps[0])
@@ -119,6 +161,18 @@ def test_how_the_kernel_is_cut_changes_nothing(shape: Shape, monkeypatch: pytest
         ids = (torch.rand(100) < share).nonzero().flatten().tolist()
         fast.place(mask_of(set(ids), 100), step)
         check(fast, step, model, ids)
+
+
+def test_what_was_foreseen_in_vain_goes_first_and_what_was_used_is_kept() -> None:
+    for hint, place in ((Placement.hint, Placement.place), (Placement.hint_ref, Placement.place_ref)):
+        placement, step = Placement(20, 8, HERE), PlacedStep.empty(20, HERE)
+        place(placement, mask_of({0, 1, 2, 3, 4}, 20), step)
+        hint(placement, mask_of({10, 11, 12}, 20), step)  # 10 will not be used
+        place(placement, mask_of({0, 11, 12}, 20), step)
+        assert int(step.counts[N_MISSES]) == 0
+        place(placement, mask_of({13}, 20), step)
+        assert set(placement.neuron_in.tolist()) == {0, 1, 2, 3, 4, 11, 12, 13}
+        assert placement.totals.tolist() == [3, 5 + 3 + 1, 5 + 1, 1, 3, 2]
 
 
 def test_more_slots_than_can_be_counted_are_refused() -> None:

@@ -1,0 +1,105 @@
+"""What steps on a device cost. The device adds up by itself; that is collected when somebody asks: it takes waiting."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sparseflow.core.weight_source import WeightSource
+from sparseflow.engine.counts import FetchCounts
+from sparseflow.kernels.device.placement import (
+    N_CHOSEN,
+    N_FORESEEN,
+    N_HINTED,
+    N_HINTS,
+    N_MISSED,
+    N_STEPS,
+    N_TOTALS,
+)
+from sparseflow.orchestration.choosers import Chooser
+from sparseflow.orchestration.dense_parts import DenseParts
+from sparseflow.orchestration.stats import DeviceCounts, RunStats, StepCounts
+
+
+class DeviceTally:
+    """Counts prompts and decoding apart."""
+
+    def __init__(self, source: WeightSource, device: torch.device) -> None:
+        profile = source.profile
+        self._source = source
+        self._n_neurons, self._bundle_nbytes = profile.ffn_dimension, profile.bundle_nbytes
+        self._totals = torch.zeros(profile.num_layers, N_TOTALS + 1, dtype=torch.int64, device=device)
+        self.of_layers = [(totals[:N_TOTALS], totals[N_TOTALS:]) for totals in self._totals]
+        """What the device adds to, by layer: `Placement.totals` and `LayerMemory.n_active`."""
+        self.stats = RunStats()
+        """As collected last."""
+        self.is_decoding = False
+        self._fetched = source.counts() or FetchCounts()
+        self._nbytes_moved = 0
+        self._pairs_beyond = 0
+
+    @property
+    def phase(self) -> StepCounts:
+        """What is counted to now."""
+        return self.stats.decode if self.is_decoding else self.stats.prefill
+
+    def add_moved(self, nbytes: int) -> None:
+        """Bytes have come to the device that are no bundles."""
+        self._nbytes_moved += nbytes
+
+    def add_sparse(self, n_tokens: int) -> None:
+        """A layer step of several tokens, of which the device counts one."""
+        self._pairs_beyond += (n_tokens - 1) * self._n_neurons
+
+    def add_dense(self, n_tokens: int) -> None:
+        """A layer step that computed all neurons."""
+        counts = self.phase
+        counts.layer_steps += 1
+        counts.dense_layer_steps += 1
+        counts.neurons += self._n_neurons
+        counts.fetched += self._n_neurons
+        counts.halves_read += 2 * self._n_neurons
+        counts.pairs += n_tokens * self._n_neurons
+
+    def leave_out(self, fetches: FetchCounts) -> None:
+        """These were for no step."""
+        self._fetched += fetches
+
+    def collect(self, choosers: Sequence[Chooser], dense_parts: DenseParts) -> list[list[int]]:
+        """Add what was counted since the last time to the phase that it belongs to. Waits for the device.
+
+        Returns:
+            What each layer's `Placement.totals` had grown by.
+        """
+        totals: list[list[int]] = self._totals.tolist()
+        self._totals.zero_()
+        counts = self.phase
+        if counts.device is None:
+            counts.device = DeviceCounts.zeros(len(totals))
+        for layer, of_layer in enumerate(totals):
+            self._add_layer(counts, counts.device, layer, of_layer)
+        for of_layer, chooser in zip(totals, choosers, strict=False):  # there may be none
+            n_passes = of_layer[N_STEPS] + of_layer[N_HINTS]
+            counts.predictor_nbytes += n_passes * chooser.pass_nbytes + chooser.take_nbytes_beyond()
+        counts.pairs += self._pairs_beyond
+        counts.active_pairs += dense_parts.take_active()
+        counts.device.nbytes_moved += dense_parts.take_moved() + self._nbytes_moved
+        self._pairs_beyond = self._nbytes_moved = 0
+        fetched = self._source.counts()
+        if fetched is not None:
+            counts.fetches = (counts.fetches or FetchCounts()) + (fetched - self._fetched)
+            self._fetched = fetched
+        return [of_layer[:N_TOTALS] for of_layer in totals]
+
+    def _add_layer(self, counts: StepCounts, device: DeviceCounts, layer: int, totals: list[int]) -> None:
+        n_steps, n_candidates, n_active = totals[N_STEPS], totals[N_CHOSEN], totals[N_TOTALS]
+        counts.layer_steps += n_steps
+        counts.neurons += n_steps * self._n_neurons
+        counts.pairs += n_steps * self._n_neurons
+        counts.fetched += n_candidates
+        counts.active_pairs += n_active
+        counts.halves_read += n_candidates + min(n_active, n_candidates)  # nothing in dense steps
+        device.candidates[layer] += n_candidates
+        device.misses[layer] += totals[N_MISSED]
+        device.hinted[layer] += totals[N_HINTED]
+        device.foreseen[layer] += totals[N_FORESEEN]
+        device.nbytes_moved += (totals[N_MISSED] + totals[N_HINTED]) * self._bundle_nbytes
