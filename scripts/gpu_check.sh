@@ -56,7 +56,7 @@ step() { # PART NAME SECONDS COMMAND...: a step with a limit of time; its output
 }
 
 sum_up() { # PART
-    "$python" -m sparseflow.bench.gpu_outcome "$1" "$out"
+    "$python" -m sparseflow.bench.gpu.outcome "$1" "$out"
 }
 
 tests() {

@@ -18,10 +18,10 @@ from sparseflow.protocol.device_messages import (
 )
 from sparseflow.protocol.messages import AcquireNeurons, ErrorReply, HintNeurons, Message, ReleaseLeases
 from sparseflow.protocol.packets import PACKET_NBYTES
+from sparseflow_daemon.gpu.lending import Lending
+from sparseflow_daemon.gpu.pushing import Pushing
 from sparseflow_daemon.leasing import Leasing, Outgoing
-from sparseflow_daemon.lending import Lending
 from sparseflow_daemon.loop import Loop
-from sparseflow_daemon.pushing import Pushing
 from sparseflow_daemon.sessions import Session
 
 _log = logging.getLogger(__name__)

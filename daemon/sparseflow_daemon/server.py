@@ -33,12 +33,12 @@ from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow_daemon import status
 from sparseflow_daemon.admission import Greeting, greet, model_for, open_session
 from sparseflow_daemon.config import ServerConfig
-from sparseflow_daemon.gpu_children import GpuChildren
+from sparseflow_daemon.gpu.children import GpuChildren
+from sparseflow_daemon.gpu.lending import Lending
+from sparseflow_daemon.gpu.pushing import Pushing
 from sparseflow_daemon.leasing import Leasing
-from sparseflow_daemon.lending import Lending
 from sparseflow_daemon.lines import Lines
 from sparseflow_daemon.loop import Loop
-from sparseflow_daemon.pushing import Pushing
 from sparseflow_daemon.served_model import ServedModel
 from sparseflow_daemon.sessions import Session
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import sparseflow
-from sparseflow.bench.gpu_cases import GPUCase, all_cases, matching, quick_cases
-from sparseflow.bench.gpu_device import find_device
-from sparseflow.bench.gpu_report import markdown, rows_of, targets
-from sparseflow.bench.gpu_runs import GPUBench, GPUConditions, without_paths
+from sparseflow.bench.gpu.cases import GPUCase, all_cases, matching, quick_cases
+from sparseflow.bench.gpu.device import find_device
+from sparseflow.bench.gpu.report import markdown, rows_of, targets
+from sparseflow.bench.gpu.runs import GPUBench, GPUConditions, without_paths
 
 MAKE = Path(__file__).parents[1] / "make_synthetic_opt.py"
 MAKING_S = 150.0  # a store

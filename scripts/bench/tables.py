@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparseflow.bench.gpu_report import markdown
+from sparseflow.bench.gpu.report import markdown
 from sparseflow.bench.report import rate_cells
 from sparseflow.utils.sizes import format_size
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseflow.bench import gpu_outcome
+from sparseflow.bench.gpu.outcome import main
 
 ROOT = Path(__file__).parents[2]
 JUNIT = """<testsuites><testsuite>
@@ -25,7 +25,7 @@ def outcome(folder: Path, steps: str, **files: str) -> tuple[int, dict]:
     (folder / "part.steps").write_text(steps)
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text)
-    code = gpu_outcome.main(["part", str(folder)])
+    code = main(["part", str(folder)])
     return code, json.loads((folder / "part.json").read_bytes())
 
 

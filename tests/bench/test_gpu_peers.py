@@ -9,7 +9,7 @@ import torch
 from opt_family import random_ids
 from transformers import OPTForCausalLM
 
-from sparseflow.bench.gpu_peers import dense_model, moved_nbytes, offloaded
+from sparseflow.bench.gpu.peers import dense_model, moved_nbytes, offloaded
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_synthetic_opt.py"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sparseflow.bench.gpu_cases import GPUCase, all_cases, matching, quick_cases
-from sparseflow.bench.gpu_child import LEAST_TOKENS, Times, generation, plan_generations, prompt_of
-from sparseflow.bench.gpu_report import agreement, limits, markdown, rows_of, targets
-from sparseflow.bench.gpu_runs import without_paths
+from sparseflow.bench.gpu.cases import GPUCase, all_cases, matching, quick_cases
+from sparseflow.bench.gpu.child import LEAST_TOKENS, Times, generation, plan_generations, prompt_of
+from sparseflow.bench.gpu.report import agreement, limits, markdown, rows_of, targets
+from sparseflow.bench.gpu.runs import without_paths
 
 MACHINE = {"name": "GPU", "memory_bytes_per_s": 2e12, "pinned_bytes_per_s": 5e10, "pageable_bytes_per_s": 1e10}
 CAP = 8_700_000_000

@@ -12,10 +12,10 @@ import psutil
 import pytest
 from child_process import run_python
 
-from sparseflow.bench.gpu_cases import CPU_OFFLOAD, SPARSEFLOW, TRANSFORMERS, GPUCase
-from sparseflow.bench.gpu_device import Sampler
-from sparseflow.bench.gpu_report import rows_of
-from sparseflow.bench.gpu_runs import GPUBench, GPUConditions
+from sparseflow.bench.gpu.cases import CPU_OFFLOAD, SPARSEFLOW, TRANSFORMERS, GPUCase
+from sparseflow.bench.gpu.device import Sampler
+from sparseflow.bench.gpu.report import rows_of
+from sparseflow.bench.gpu.runs import GPUBench, GPUConditions
 from sparseflow.errors import BadRequest
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def bench(
     tmp_path_factory: pytest.TempPathFactory, total_s: float = 300.0, program: str = "", **conditions: Any
 ) -> Any:
     """A bench whose children run a program given, or cases. Nothing of it is left."""
-    command = [sys.executable, "-c", program] if program else [sys.executable, "-m", "sparseflow.bench.gpu_child"]
+    command = [sys.executable, "-c", program] if program else [sys.executable, "-m", "sparseflow.bench.gpu.child"]
     others = psutil.Process().children()
     end = time.monotonic() + total_s
     scratch = tmp_path_factory.mktemp("s")

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from fake_driver import FakeDriver, World
-from sparseflow_daemon.gpu_children import GpuChild, GpuRecord
-from sparseflow_daemon.gpu_desk import Ask, GpuDesk
-from sparseflow_daemon.gpu_work import GpuWork
+from sparseflow_daemon.gpu.children import GpuChild, GpuRecord
+from sparseflow_daemon.gpu.desk import Ask, GpuDesk
+from sparseflow_daemon.gpu.work import GpuWork
 
 from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.device_messages import ChildReady

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from sparseflow_daemon.gpu_desk import Ask, GpuDesk
+from sparseflow_daemon.gpu.desk import Ask, GpuDesk
 
 from sparseflow.errors import ServerError
 from sparseflow.protocol.device_messages import (

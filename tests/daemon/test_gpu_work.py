@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from fake_driver import FakeDriver, World
 from numpy.typing import NDArray
-from sparseflow_daemon import gpu_slab
-from sparseflow_daemon.gpu_slab import ClientSlab
-from sparseflow_daemon.gpu_work import GpuBroken, GpuWork
+from sparseflow_daemon import gpu
+from sparseflow_daemon.gpu.slab import ClientSlab
+from sparseflow_daemon.gpu.work import GpuBroken, GpuWork
 
 from sparseflow.cuda.ipc import ExportedSlab, OpenedEvent
 from sparseflow.cuda.tickets import EventTicket
@@ -335,7 +335,7 @@ def test_copy_that_never_ends_is_an_error_after_a_while(
 ) -> None:
     client.open()
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_slab, "_COPY_TIMEOUT_S", 0.1)
+        patch.setattr("sparseflow_daemon.gpu.slab._COPY_TIMEOUT_S", 0.1)
         patch.setattr(client.childs, "event_query", lambda event: False)
         reply = client.copy(2, list(range(12)), list(range(12)))
     assert isinstance(reply, ErrorReply)
@@ -367,6 +367,6 @@ def test_more_staging_is_taken_than_one_bundle_needs_only_where_there_is_more(rn
 
 
 def test_sources_name_no_library_path() -> None:
-    for name in ("gpu_child", "gpu_work", "gpu_slab"):
-        path = Path(gpu_slab.__file__).with_name(f"{name}.py")
+    for name in ("child", "work", "slab"):
+        path = Path(gpu.__file__).with_name(f"{name}.py")
         assert "stub" not in path.read_text(encoding="utf-8")

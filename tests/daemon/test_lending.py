@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from children_in_process import ChildrenInProcess
 from fake_driver import FakeDriver, World
-from sparseflow_daemon.gpu_regions import LentRegions
-from sparseflow_daemon.lending import Lending
+from sparseflow_daemon.gpu.lending import Lending
+from sparseflow_daemon.gpu.regions import LentRegions
 from sparseflow_daemon.sessions import Session
 
 from sparseflow.cuda.ipc import OpenedSlab

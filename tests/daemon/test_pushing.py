@@ -12,8 +12,8 @@ import pytest
 from children_in_process import ChildrenInProcess
 from fake_driver import FakeDriver, World
 from shards import Shards, some_ids
+from sparseflow_daemon.gpu.pushing import Pushing
 from sparseflow_daemon.leasing import Leasing
-from sparseflow_daemon.pushing import Pushing
 from sparseflow_daemon.sessions import Session
 
 from sparseflow.cuda.ipc import ExportedSlab
@@ -299,7 +299,7 @@ def test_copy_that_is_refused_costs_the_slab_of_its_session_only(
     (child,) = desk.children.alive
     with monkeypatch.context() as patch:
         patch.setattr(
-            "sparseflow_daemon.gpu_slab.ClientSlab.copy", lambda *_: (_ for _ in ()).throw(BadRequest("no such thing"))
+            "sparseflow_daemon.gpu.slab.ClientSlab.copy", lambda *_: (_ for _ in ()).throw(BadRequest("no such thing"))
         )
         replies = [desk.push(open_client, layer, [1], [1]) for layer in (0, 1)]
         desk.settle()

@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import OPTForCausalLM
 
-from sparseflow.bench.gpu_peers import dense_model
-from sparseflow.bench.gpu_runs import RUNTIME_DIR, SERVER, Server, environment
+from sparseflow.bench.gpu.peers import dense_model
+from sparseflow.bench.gpu.runs import RUNTIME_DIR, SERVER, Server, environment
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.converter import convert
 from sparseflow.engine.memory_plan import fixed_nbytes
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
+from sparseflow.orchestration.device_hints import TRIAL_TOKENS
 from sparseflow.store.manifest import Manifest
 
 pytestmark = pytest.mark.gpu
@@ -63,9 +64,12 @@ def opened() -> Iterator[Open]:
     """Opens models on the GPU; all are closed."""
     models: list[SparseOPTForCausalLM] = []
 
-    def open_model(store: Path, *, ratio: float = 0.3, uses_graph: bool = True, **how: Any) -> SparseOPTForCausalLM:
+    def open_model(
+        store: Path, *, ratio: float = 0.3, hints: bool = False, uses_graph: bool = True, **how: Any
+    ) -> SparseOPTForCausalLM:
         how = {"fidelity": "exact", "device": DEVICE} | how
-        model = SparseOPTForCausalLM.from_pretrained(store, strategy=OffloadStrategy(gpu_cache_ratio=ratio), **how)
+        strategy = OffloadStrategy(gpu_cache_ratio=ratio, device_hints=hints)
+        model = SparseOPTForCausalLM.from_pretrained(store, strategy=strategy, **how)
         if not uses_graph and model.token_step is not None:
             model.token_step.uses_graph = False
         models.append(model)
@@ -121,6 +125,31 @@ def assert_same_or_tied(found: torch.Tensor, expected: torch.Tensor, n_prompt: i
     if reference.dtype == torch.float32:
         assert found.tolist() == expected.tolist()
     assert_as_dense(found, n_prompt, reference)
+
+
+@pytest.mark.parametrize("uses_graph", [True, False], ids=["graph", "no graph"])
+@pytest.mark.parametrize("name", ["demo-float32", "synthetic-float16"])
+def test_hints_change_no_text(name: str, uses_graph: bool, stores: dict[str, Path], opened: Open, dense: Any) -> None:
+    reference = dense(name)
+    ids = prompt(reference, 20)
+    model = opened(stores[name], ratio=0.1, hints=True, uses_graph=uses_graph)
+    found = generate(model, ids, TRIAL_TOKENS + 60)  # so many that it is decided which layers get hints
+    assert_same_or_tied(found, generate(reference, ids, TRIAL_TOKENS + 60), 20, reference)
+    counts = model.stats.decode.device
+    assert counts is not None
+    assert sum(counts.foreseen) > 0
+    assert counts.nbytes_moved == sum(counts.misses + counts.hinted) * model.source.profile.bundle_nbytes
+
+
+@pytest.mark.parametrize("uses_graph", [True, False], ids=["graph", "no graph"])
+def test_recall_is_measured(uses_graph: bool, stores: dict[str, Path], opened: Open) -> None:
+    model = opened(stores["demo-float16"], ratio=0.1, uses_graph=uses_graph)
+    model.coordinator.live_recall.every_step = True
+    generate(model, prompt(model, 20), 10)
+    decode = model.stats.decode
+    assert model.stats.recall == 1
+    assert decode.sampled.steps == decode.sampled.sampled_steps == decode.layer_steps
+    assert decode.sampled.found == pytest.approx(decode.active_pairs, rel=1e-3)  # sums in another order
 
 
 @pytest.mark.parametrize("uses_graph", [True, False], ids=["graph", "no graph"])

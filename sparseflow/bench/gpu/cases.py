@@ -19,6 +19,7 @@ class GPUCase:
     fidelity: of SparseFlow.
     cap_nbytes: the most of the GPU's memory that each process may take, its context included; None: all there is.
     n_served: processes that share one weight server and run at once; 0: one with weights of its own.
+    hints: of SparseFlow, `OffloadStrategy.device_hints`.
     """
 
     program: str
@@ -26,6 +27,7 @@ class GPUCase:
     fidelity: str = ""
     cap_nbytes: int | None = None
     n_served: int = 0
+    hints: bool = False
 
     @property
     def label(self) -> str:
@@ -33,6 +35,8 @@ class GPUCase:
         words = [self.model, f"{self.program}:{self.fidelity}" if self.fidelity else self.program]
         if self.cap_nbytes is not None:
             words.append(f"{self.cap_nbytes / GB:g}GB")
+        if self.hints:
+            words.append("hints")
         if self.n_served:
             words.append(f"served to {self.n_served}")
         return " ".join(words)
@@ -53,6 +57,7 @@ def all_cases() -> list[GPUCase]:
     return [
         GPUCase(TRANSFORMERS),
         *(GPUCase(SPARSEFLOW, SMALLER, fidelity, SMALL_CAP) for fidelity in ("exact", COARSE, "dense")),
+        GPUCase(SPARSEFLOW, SMALLER, "exact", SMALL_CAP, hints=True),
         GPUCase(DEVICE_MAP, SMALLER, "", SMALL_CAP),
         GPUCase(CPU_OFFLOAD, SMALLER, "", SMALL_CAP),
         GPUCase(SPARSEFLOW, SMALLER, "dense"),

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparseflow.bench.gpu_cases import CPU_OFFLOAD, DEVICE_MAP, GB, SMALL_CAP, SMALLER, SPARSEFLOW, TRANSFORMERS
+from sparseflow.bench.gpu.cases import CPU_OFFLOAD, DEVICE_MAP, GB, SMALL_CAP, SMALLER, SPARSEFLOW, TRANSFORMERS
 
 Row = dict[str, Any]
 NOT_BEGUN = "not begun"
@@ -63,7 +63,7 @@ def rows_of(runs: Sequence[Row], machine: Mapping[str, Any] | None) -> list[Row]
 
 
 def _row(run: Row, machine: Mapping[str, Any] | None) -> Row:
-    about = ("label", "program", "model", "fidelity", "cap_nbytes", "n_served", "status", "wall_s")
+    about = ("label", "program", "model", "fidelity", "cap_nbytes", "n_served", "hints", "status", "wall_s")
     row: Row = {name: run.get(name) for name in (*about, "device_peak_nbytes")}
     processes = run.get("processes", [])
     made = [one for process in processes for one in process.get("generations", [])]
@@ -190,7 +190,7 @@ def name_of(row: Row) -> str:
     }.get(row["program"])
     if where is None and row["fidelity"] == "dense":
         where = "SparseFlow `dense`" + (", all on the GPU" if row["cap_nbytes"] is None else ": our own offload")
-    where = where or f"**SparseFlow `{row['fidelity']}`**"
+    where = where or f"**SparseFlow `{row['fidelity']}`**" + (", hints" if row.get("hints") else "")
     if row["n_served"]:
         where += f", {row['n_served']} process{'es' * (row['n_served'] > 1)} at one server"
     return f"{row['model']} {where}"

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseflow.bench.gpu_cases import GPUCase
-from sparseflow.bench.gpu_device import Device, Sampler, wait_until_free
+from sparseflow.bench.gpu.cases import GPUCase
+from sparseflow.bench.gpu.device import Device, Sampler, wait_until_free
 from sparseflow.errors import BadRequest, ServerError
 from sparseflow.protocol.inquiry import ask_status
 
@@ -32,7 +32,7 @@ CLOSING_S = 15.0  # and one that lets go of all that it page-locked
 SPARE_NBYTES = 64 << 20  # that a process which is gone may leave on the device for a moment
 SERVER = "gpu-bench"
 RUNTIME_DIR = "SPARSEFLOW_RUNTIME_DIR"
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 _SEARCHED = (_ROOT, _ROOT / "daemon")
 _REAP_S = 10.0  # after a kill
 
@@ -152,7 +152,7 @@ class GPUBench:
         scratch: Path,
         end: float,
         say: Callable[[str], None],
-        command: Sequence[str] = (sys.executable, "-m", "sparseflow.bench.gpu_child"),
+        command: Sequence[str] = (sys.executable, "-m", "sparseflow.bench.gpu.child"),
     ) -> None:
         """
         Args:
@@ -203,6 +203,7 @@ class GPUBench:
             "program": case.program,
             "store": str(store),
             "fidelity": case.fidelity,
+            "hints": case.hints,
             "cap_nbytes": case.cap_nbytes,
             "server": server,
         }

@@ -1,4 +1,4 @@
-"""One case of the GPU benchmark, in a process of its own: `python -m sparseflow.bench.gpu_child`.
+"""One case of the GPU benchmark, in a process of its own: `python -m sparseflow.bench.gpu.child`.
 
 It imports what takes long, and waits. A line of JSON tells it what to run; it loads, warms up, says `ready`, waits for
 any line more (two of them begin at once), and measures. Each line that it prints is JSON with all that came to be known
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseflow.bench.child import PR_SET_PDEATHSIG, Settings, dense_nbytes_per_token
-from sparseflow.bench.gpu_cases import CPU_OFFLOAD, DEVICE_MAP, SPARSEFLOW, TRANSFORMERS
+from sparseflow.bench.gpu.cases import CPU_OFFLOAD, DEVICE_MAP, SPARSEFLOW, TRANSFORMERS
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -34,7 +34,7 @@ def import_ahead() -> None:
     import accelerate  # noqa: F401
     import torch  # noqa: F401
 
-    import sparseflow.bench.gpu_peers
+    import sparseflow.bench.gpu.peers
     import sparseflow.models.opt_sparse  # noqa: F401
 
 
@@ -174,14 +174,18 @@ def load_sparseflow(settings: Settings) -> Loaded:
         "fidelity": settings["fidelity"],
     }
     if settings["server"]:
-        return Loaded(SparseOPTForCausalLM.from_server(settings["server"], gpu_cache_ratio=1.0, **shared))
-    strategy = OffloadStrategy(gpu_cache_ratio=1.0)
+        return Loaded(
+            SparseOPTForCausalLM.from_server(
+                settings["server"], gpu_cache_ratio=1.0, device_hints=settings["hints"], **shared
+            )
+        )
+    strategy = OffloadStrategy(gpu_cache_ratio=1.0, device_hints=settings["hints"])
     return Loaded(SparseOPTForCausalLM.from_pretrained(settings["store"], strategy=strategy, **shared))
 
 
 def load_transformers(settings: Settings) -> Loaded:
     """transformers' dense model, all on the device."""
-    from sparseflow.bench.gpu_peers import dense_model
+    from sparseflow.bench.gpu.peers import dense_model
 
     return Loaded(dense_model(Path(settings["store"]), settings["device"]), 0)
 
@@ -190,7 +194,7 @@ def load_offloaded(settings: Settings) -> Loaded:
     """The same in host memory, by accelerate's `cpu_offload` or its `device_map`."""
     import torch
 
-    from sparseflow.bench.gpu_peers import dense_model, mapped, offloaded
+    from sparseflow.bench.gpu.peers import dense_model, mapped, offloaded
     from sparseflow.orchestration.device_slots import CONTEXT_NBYTES
 
     model, device = dense_model(Path(settings["store"])), torch.device(settings["device"])
@@ -306,7 +310,7 @@ def measure_machine(_settings: Settings, tell: Tell, _wait: Callable[[], None]) 
 
     import torch
 
-    from sparseflow.bench.gpu_device import measure_device
+    from sparseflow.bench.gpu.device import measure_device
 
     names = ("triton", "transformers", "accelerate", "numpy")
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda}

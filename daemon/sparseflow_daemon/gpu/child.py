@@ -1,4 +1,4 @@
-"""`python -m sparseflow_daemon.gpu_child`: the server's process on one GPU. It lives and dies with the server.
+"""`python -m sparseflow_daemon.gpu.child`: the server's process on one GPU. It lives and dies with the server.
 
 Whatever a driver does, it does it here: the server waits for this process with deadlines, and ends it if it must.
 """
@@ -21,7 +21,7 @@ from sparseflow.errors import ServerError, SparseFlowError
 from sparseflow.protocol.device_messages import ChildReady
 from sparseflow.protocol.messages import ErrorReply, Message
 from sparseflow.protocol.packets import receive_packet, send_packet
-from sparseflow_daemon.gpu_work import GpuWork
+from sparseflow_daemon.gpu.work import GpuWork
 
 EXIT_OK, EXIT_FAILED = 0, 1
 _PR_SET_PDEATHSIG = 1
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve on a socket until it ends. Returns 0, or 1 where the GPU cannot be used, or not any longer."""
-    parser = argparse.ArgumentParser(prog="python -m sparseflow_daemon.gpu_child", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sparseflow_daemon.gpu.child", description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--uuid", type=bytes.fromhex, help="of the GPU")
     which.add_argument("--device", type=int, help="the GPU's number among those that are visible")

@@ -35,8 +35,8 @@ from sparseflow.protocol.device_messages import (
     UnregisterDevice,
 )
 from sparseflow.protocol.messages import AcquireNeurons, ErrorReply, Message, NeuronsLeased, NeuronsReady
-from sparseflow_daemon.gpu_children import GpuChild, GpuChildren
-from sparseflow_daemon.gpu_desk import Ask, Told
+from sparseflow_daemon.gpu.children import GpuChild, GpuChildren
+from sparseflow_daemon.gpu.desk import Ask, Told
 from sparseflow_daemon.leasing import Leasing, Outgoing
 from sparseflow_daemon.sessions import Session
 

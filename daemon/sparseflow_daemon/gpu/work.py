@@ -22,8 +22,8 @@ from sparseflow.protocol.device_messages import (
     SlabOpened,
 )
 from sparseflow.protocol.messages import ErrorReply, Message
-from sparseflow_daemon.gpu_regions import LentRegions
-from sparseflow_daemon.gpu_slab import ClientSlab
+from sparseflow_daemon.gpu.regions import LentRegions
+from sparseflow_daemon.gpu.slab import ClientSlab
 
 _log = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 5.0

@@ -24,8 +24,8 @@ from sparseflow.protocol.device_messages import (
     ReturnDense,
 )
 from sparseflow.protocol.messages import ErrorReply, Message
-from sparseflow_daemon.gpu_children import GpuChild, GpuChildren
-from sparseflow_daemon.gpu_desk import Ask, Told
+from sparseflow_daemon.gpu.children import GpuChild, GpuChildren
+from sparseflow_daemon.gpu.desk import Ask, Told
 from sparseflow_daemon.leasing import Outgoing
 from sparseflow_daemon.served_model import ServedModel
 from sparseflow_daemon.sessions import Session

@@ -15,7 +15,7 @@ from sparseflow.cuda.tickets import format_uuid
 from sparseflow.errors import NoAnswer, ServerError, ServerNotRunning, SparseFlowError
 from sparseflow.protocol.codec import encode
 from sparseflow.protocol.packets import receive_packet
-from sparseflow_daemon.gpu_desk import Ask, GpuDesk, Told
+from sparseflow_daemon.gpu.desk import Ask, GpuDesk, Told
 from sparseflow_daemon.loop import Loop
 
 _log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class GpuChildren:
         if len(self._children) >= _MOST_CHILDREN:
             raise ServerError(f"{len(self._children)} GPU children run; a host has no more GPUs than that")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "sparseflow_daemon.gpu_child", *arguments]
+        command = [sys.executable, "-m", "sparseflow_daemon.gpu.child", *arguments]
         try:
             with theirs:
                 process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What steps of `scripts/gpu_check.sh` came to: `python -m sparseflow.bench.gpu_outcome PART FOLDER`.
+"""What steps of `scripts/gpu_check.sh` came to: `python -m sparseflow.bench.gpu.outcome PART FOLDER`.
 
 FOLDER holds PART.steps, a line a step: its name, exit code and seconds, by tabs; of a step of pytest NAME.xml, as its
 `--junitxml` writes; of one of compute-sanitizer NAME.sanitizer.txt as well. Writes FOLDER/PART.json, prints a line a
