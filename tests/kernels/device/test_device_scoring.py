@@ -37,6 +37,12 @@ def bounds_of(
     return mask.cpu().bool(), bounds.cpu(), int(n_fine_rows)
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    if device.type == "cpu":  # where each takes its time
+        monkeypatch.setattr(scoring, "SHAPE", Shape(rows=64, open_rows=16))
+
+
 @pytest.mark.parametrize(("n_neurons", "hidden"), SIZES)
 @pytest.mark.parametrize("margin", Margin, ids=lambda margin: margin.name.lower())
 @pytest.mark.parametrize("planes", [1, 2])

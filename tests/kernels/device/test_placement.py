@@ -8,7 +8,6 @@ from hypothesis import strategies as some
 from sparseflow.errors import BadRequest
 from sparseflow.kernels.device import placement as module
 from sparseflow.kernels.device.placement import (
-    HALVING_STEPS,
     N_CANDIDATES,
     N_FORESEEN,
     N_HINTED,
@@ -43,7 +42,7 @@ class Model:
         self.step = 0
 
     def worth(self, neuron: int) -> int:
-        periods = self.step // HALVING_STEPS - self.used_in.get(neuron, 0) // HALVING_STEPS
+        periods = self.step // module.HALVING_STEPS - self.used_in.get(neuron, 0) // module.HALVING_STEPS
         return self.uses.get(neuron, 0) >> periods
 
     def hint(self, ids: list[int]) -> None:
@@ -65,7 +64,7 @@ class Model:
         self.step += 1
         missing = [neuron for neuron in ids if neuron not in self.neuron_in]
         for neuron in ids:
-            self.uses[neuron] = min(self.worth(neuron) + 16, 32 * HALVING_STEPS)
+            self.uses[neuron] = self.worth(neuron) + 16
             self.used_in[neuron] = self.step
         self._give(missing, {*ids, *self.stays})
         self.n_foreseen += len(self.foreseen & set(ids))
@@ -140,13 +139,14 @@ def test_slots_are_given_as_a_list_would_be_kept(data: some.DataObject) -> None:
         assert fast.totals.tolist() == twin.totals.tolist()
 
 
-def test_long_runs_forget_what_was_used_long_ago() -> None:
+def test_long_runs_forget_what_was_used_long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HALVING_STEPS", 8)
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
     n_neurons, n_slots = 300, 64
     fast, model = Placement(n_neurons, n_slots, HERE), Model(n_slots)
     step = PlacedStep.empty(n_neurons, HERE)
     weights = 1 / torch.arange(1, n_neurons + 1)
-    for _ in range(3 * HALVING_STEPS):
+    for _ in range(3 * module.HALVING_STEPS):
         ids = sorted(torch.multinomial(weights, 24, generator=generator).tolist())
         fast.place(mask_of(set(ids), n_neurons), step)
         check(fast, step, model, ids)
