@@ -10,7 +10,7 @@ from sparseflow.core.weight_source import LentWeights
 from sparseflow.models.token_step import TokenStep
 from sparseflow.orchestration.choosers import Mover
 from sparseflow.orchestration.device_coordinator import DeviceCoordinator, choosers_of
-from sparseflow.orchestration.device_slots import DevicePlan
+from sparseflow.orchestration.device_slots import HINTS_NBYTES, DevicePlan
 from sparseflow.orchestration.layer_stream import LayerStream
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor
 
@@ -86,6 +86,8 @@ class PlacedModel:
             NotEnoughMemory: not even one slot a layer.
         """
         strategy = self._model.sparseflow_config.strategy
+        if strategy.device_hints:
+            self._plan.take(HINTS_NBYTES)
         self._coordinator = DeviceCoordinator(
             self._source,
             self._predictor,

@@ -28,14 +28,12 @@ from sparseflow.orchestration.bringing import Bringer
 from sparseflow.orchestration.choosers import Chooser, ChooserOnHost, Mover
 from sparseflow.orchestration.dense_parts import DenseParts
 from sparseflow.orchestration.device_hints import DeviceHints
+from sparseflow.orchestration.device_slots import TOKENS_AT_ONCE
 from sparseflow.orchestration.device_tally import DeviceTally
 from sparseflow.orchestration.live_recall import LiveRecall, SparseStep
 from sparseflow.orchestration.lookahead import Lookahead
 from sparseflow.orchestration.neuron_predictor import LayeredPredictor, NeuronPredictor, fc1_biases, pre_activations
 from sparseflow.orchestration.stats import RunStats
-
-_TOKENS_AT_ONCE = 8
-"""A step of more tokens is computed dense."""
 
 
 class Ahead(NamedTuple):
@@ -82,7 +80,7 @@ class DeviceCoordinator:
         dtype = getattr(torch, profile.dtype)
         is_cpu = device.type == "cpu"
         self.ops: DeviceOps = (
-            PlainOps() if is_cpu else TritonOps(_TOKENS_AT_ONCE, self._n_neurons, profile.hidden_dimension, device)
+            PlainOps() if is_cpu else TritonOps(TOKENS_AT_ONCE, self._n_neurons, profile.hidden_dimension, device)
         )
         self._fc1_biases = fc1_biases(source)
         shape = (int(slots.sum()), profile.parts_per_bundle, profile.hidden_dimension)
@@ -104,9 +102,9 @@ class DeviceCoordinator:
         if predictor is None:
             self.step.fill_with_all()
         n_layers, hidden = profile.num_layers, profile.hidden_dimension
-        self.masks = torch.zeros(n_layers, _TOKENS_AT_ONCE, self._n_neurons, dtype=torch.int8, device=device)
+        self.masks = torch.zeros(n_layers, TOKENS_AT_ONCE, self._n_neurons, dtype=torch.int8, device=device)
         """(n_layers, tokens, ffn_dim), of each layer's last sparse step."""
-        self.inputs = torch.zeros(n_layers, _TOKENS_AT_ONCE, hidden, device=device)
+        self.inputs = torch.zeros(n_layers, TOKENS_AT_ONCE, hidden, device=device)
         """(n_layers, tokens, hidden) float32, what the MLPs were given while decoding."""
         self.hints: DeviceHints | None = None
         if moves_hints and choosers:
@@ -130,7 +128,7 @@ class DeviceCoordinator:
         if layer == 0:
             self.before_pass()
         x = x.contiguous()
-        if self.predictor is None or len(x) > _TOKENS_AT_ONCE:
+        if self.predictor is None or len(x) > TOKENS_AT_ONCE:
             y = self._dense(layer, x)
         else:
             y = torch.empty_like(x)
@@ -224,7 +222,7 @@ class DeviceCoordinator:
     def _note_tokens(self, n: int) -> None:
         """So many sequences have come a token further."""
         self.source.note_tokens(n)
-        if self.predictor is None or n > _TOKENS_AT_ONCE:
+        if self.predictor is None or n > TOKENS_AT_ONCE:
             return
         if self.hints is not None and self.hints.ends_trial():
             self._collect()

@@ -1,6 +1,6 @@
 """How the memory of a device is divided: what must lie there, and how many bundles get a slot.
 
-allowed = context + dense weights + codes + keys and values + buffers of dense steps + slots
+allowed = context + dense weights + codes + keys and values + buffers of steps + slots
 """
 
 from typing import TYPE_CHECKING
@@ -31,7 +31,10 @@ ACTIVATIONS_NBYTES = 64 << 20
 
 DENSE_PART_NBYTES = 16 << 20
 """Bytes of bundles that a dense step moves together; two such parts are on the device at once."""
-
+TOKENS_AT_ONCE = 8
+"""A step of more tokens is computed dense; of so many, each layer's input and candidates are kept."""
+HINTS_NBYTES = 16 << 20
+"""Of what moves bundles before they are asked for: what lies between its kernels, and its branch of a graph."""
 
 LEAST_SHARE = 1 / 64
 """Of all bundles that have a slot before layers are streamed for want of memory."""
@@ -55,8 +58,9 @@ class DevicePlan:
         profile = self._source.profile
         of_tokens = 2 * KEPT_TOKENS * profile.num_layers * profile.part_nbytes
         parts = 2 * min(DENSE_PART_NBYTES, profile.ffn_dimension * profile.bundle_nbytes)
+        of_steps = TOKENS_AT_ONCE * profile.num_layers * (profile.ffn_dimension + 4 * profile.hidden_dimension)
         context = 0 if self._device.type == "cpu" else CONTEXT_NBYTES
-        return of_tokens + parts + ACTIVATIONS_NBYTES + context
+        return of_tokens + parts + of_steps + ACTIVATIONS_NBYTES + context
 
     def take(self, nbytes: int) -> None:
         """Something lies there now."""
