@@ -8,10 +8,10 @@ from torch import Tensor
 from sparseflow.core.config import SparseFlowConfig
 from sparseflow.core.weight_source import LentWeights
 from sparseflow.models.token_step import TokenStep
-from sparseflow.orchestration.choosers import Mover
-from sparseflow.orchestration.device_coordinator import DeviceCoordinator, choosers_of
-from sparseflow.orchestration.device_slots import HINTS_NBYTES, DevicePlan
-from sparseflow.orchestration.layer_stream import LayerStream
+from sparseflow.orchestration.device.choosers import Mover
+from sparseflow.orchestration.device.coordinator import DeviceCoordinator, choosers_of
+from sparseflow.orchestration.device.layer_stream import LayerStream
+from sparseflow.orchestration.device.slots import HINTS_NBYTES, DevicePlan
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from sparseflow.kernels.device.ops import ReachableBundles
 from sparseflow.models.kv_cache import Room, can_reserve, reserve, room_of
-from sparseflow.orchestration.device_coordinator import Ahead, DeviceCoordinator
+from sparseflow.orchestration.device.coordinator import Ahead, DeviceCoordinator
 
 if TYPE_CHECKING:
     from sparseflow.models.opt_sparse import SparseOPTForCausalLM

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, DiskError, ShardCorrupt
 from sparseflow.kernels.bounds import Margin
-from sparseflow.orchestration.choosers import Chooser, ChooserByLowRank, Mover
+from sparseflow.orchestration.device.choosers import Chooser, ChooserByLowRank, Mover
 from sparseflow.orchestration.low_rank import LowRank
 from sparseflow.orchestration.neuron_predictor import (
     CodesOfLayer,

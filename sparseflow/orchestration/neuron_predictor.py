@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, WeightSource
 from sparseflow.kernels.bounds import CodedRows, Margin, Scorer
-from sparseflow.orchestration.choosers import Chooser, ChooserByCodes, Mover
+from sparseflow.orchestration.device.choosers import Chooser, ChooserByCodes, Mover
 from sparseflow.store.profile import ModelProfile
 
 # Probability that one token misses any active neuron in any layer under `exact`.

@@ -20,7 +20,7 @@ from sparseflow.core.config import OffloadStrategy
 from sparseflow.core.converter import convert
 from sparseflow.engine.memory_plan import fixed_nbytes
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
-from sparseflow.orchestration.device_hints import TRIAL_TOKENS
+from sparseflow.orchestration.device.hints import TRIAL_TOKENS
 from sparseflow.store.manifest import Manifest
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class Late:
-    """As `device_hints.Row`: does its work as late as it may, or some of it earlier, by chance."""
+    """As `hints.Row`: does its work as late as it may, or some of it earlier, by chance."""
 
     def __init__(self, seed: int, hurry: float) -> None:
         self._random, self._hurry = random.Random(seed), hurry

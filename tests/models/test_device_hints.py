@@ -15,9 +15,9 @@ from late_row import Late
 
 from sparseflow import OffloadStrategy, SparseOPTForCausalLM
 from sparseflow.kernels.device.placement import N_FORESEEN, N_HINTED, N_MISSED, N_TOTALS
-from sparseflow.orchestration import device_hints
-from sparseflow.orchestration.device_coordinator import DeviceCoordinator
-from sparseflow.orchestration.device_hints import DeviceHints, Row
+from sparseflow.orchestration.device import hints as device_hints
+from sparseflow.orchestration.device.coordinator import DeviceCoordinator
+from sparseflow.orchestration.device.hints import DeviceHints, Row
 
 MakeFolder = Callable[[str, str], Path]
 

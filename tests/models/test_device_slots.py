@@ -16,10 +16,10 @@ import torch
 
 from sparseflow import DiskWeightStore, OffloadStrategy, SparseFlowConfig, SparseOPTForCausalLM
 from sparseflow.errors import ArenaBusy, BadRequest, NotEnoughMemory, ServerError
-from sparseflow.orchestration.choosers import Mover
-from sparseflow.orchestration.device_coordinator import DeviceCoordinator
-from sparseflow.orchestration.device_slots import LEAST_SHARE, DevicePlan
-from sparseflow.orchestration.transport import HostMemoryReplaced
+from sparseflow.orchestration.device.choosers import Mover
+from sparseflow.orchestration.device.coordinator import DeviceCoordinator
+from sparseflow.orchestration.device.slots import LEAST_SHARE, DevicePlan
+from sparseflow.orchestration.device.transport import HostMemoryReplaced
 
 MakeFolder = Callable[[str, str], Path]
 RATIOS = [0.02, 0.3, 1.0]

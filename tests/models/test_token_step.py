@@ -15,9 +15,9 @@ from sparseflow import OffloadStrategy, SparseOPTForCausalLM
 from sparseflow.kernels.device import linear
 from sparseflow.kernels.device.ops import TritonOps
 from sparseflow.models.token_step import TokenStep
-from sparseflow.orchestration.choosers import Mover
-from sparseflow.orchestration.device_coordinator import DeviceCoordinator
-from sparseflow.orchestration.device_hints import DeviceHints, InTurn
+from sparseflow.orchestration.device.choosers import Mover
+from sparseflow.orchestration.device.coordinator import DeviceCoordinator
+from sparseflow.orchestration.device.hints import DeviceHints, InTurn
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,8 @@ from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles
 from sparseflow.errors import ServerError
 from sparseflow.kernels.device.ops import ReachableBundles
 from sparseflow.orchestration import transport
-from sparseflow.orchestration.device_coordinator import DeviceCoordinator
-from sparseflow.orchestration.transport import Pull, Push, Staging, lock_memory, open_transport
+from sparseflow.orchestration.device.coordinator import DeviceCoordinator
+from sparseflow.orchestration.device.transport import Pull, Push, Staging, lock_memory, open_transport
 
 MakeFolder = Callable[[str, str], Path]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

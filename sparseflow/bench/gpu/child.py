@@ -195,7 +195,7 @@ def load_offloaded(settings: Settings) -> Loaded:
     import torch
 
     from sparseflow.bench.gpu.peers import dense_model, mapped, offloaded
-    from sparseflow.orchestration.device_slots import CONTEXT_NBYTES
+    from sparseflow.orchestration.device.slots import CONTEXT_NBYTES
 
     model, device = dense_model(Path(settings["store"])), torch.device(settings["device"])
     if settings["program"] == CPU_OFFLOAD:
@@ -207,7 +207,7 @@ def load_offloaded(settings: Settings) -> Loaded:
 
 def kept_nbytes(config: Any) -> int:
     """Bytes of keys and values that SparseFlow's plan of a device leaves room for."""
-    from sparseflow.orchestration.device_slots import KEPT_TOKENS
+    from sparseflow.orchestration.device.slots import KEPT_TOKENS
 
     return int(2 * KEPT_TOKENS * config.num_hidden_layers * config.hidden_size * config.dtype.itemsize)
 

@@ -15,8 +15,8 @@ from sparseflow.kernels.device.placement import (
     N_STEPS,
     N_TOTALS,
 )
-from sparseflow.orchestration.choosers import Chooser
-from sparseflow.orchestration.dense_parts import DenseParts
+from sparseflow.orchestration.device.choosers import Chooser
+from sparseflow.orchestration.device.dense_parts import DenseParts
 from sparseflow.orchestration.stats import DeviceCounts, RunStats, StepCounts
 
 

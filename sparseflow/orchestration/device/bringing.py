@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sparseflow.core.weight_source import Fetch, WeightSource
 from sparseflow.errors import ArenaBusy
 from sparseflow.kernels.device.ops import ReachableBundles
-from sparseflow.orchestration.transport import Brought, HostMemoryReplaced, Transport, open_transport
+from sparseflow.orchestration.device.transport import Brought, HostMemoryReplaced, Transport, open_transport
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseflow.core.weight_source import HostMemory
 from sparseflow.cuda.page_lock import PageLock, whole_pages
 from sparseflow.engine.arena import Arena
-from sparseflow.orchestration.transport import lock_memory
+from sparseflow.orchestration.device.transport import lock_memory
 
 _ALIGNMENT = 256  # bytes, of each tensor in a buffer
 

@@ -24,12 +24,12 @@ from sparseflow.kernels.device.placement import (
     PlacedStep,
     Placement,
 )
-from sparseflow.orchestration.bringing import Bringer
-from sparseflow.orchestration.choosers import Chooser, ChooserOnHost, Mover
-from sparseflow.orchestration.dense_parts import DenseParts
-from sparseflow.orchestration.device_hints import DeviceHints
-from sparseflow.orchestration.device_slots import TOKENS_AT_ONCE
-from sparseflow.orchestration.device_tally import DeviceTally
+from sparseflow.orchestration.device.bringing import Bringer
+from sparseflow.orchestration.device.choosers import Chooser, ChooserOnHost, Mover
+from sparseflow.orchestration.device.dense_parts import DenseParts
+from sparseflow.orchestration.device.hints import DeviceHints
+from sparseflow.orchestration.device.slots import TOKENS_AT_ONCE
+from sparseflow.orchestration.device.tally import DeviceTally
 from sparseflow.orchestration.live_recall import LiveRecall, SparseStep
 from sparseflow.orchestration.lookahead import Lookahead
 from sparseflow.orchestration.neuron_predictor import LayeredPredictor, NeuronPredictor, fc1_biases, pre_activations

@@ -19,7 +19,7 @@ from torch.nn import LayerNorm
 
 from sparseflow.kernels.device.ops import DeviceOps, LayerMemory, ReachableBundles
 from sparseflow.kernels.device.placement import N_FORESEEN, N_HINTED, N_MISSED, N_TOTALS, PlacedStep
-from sparseflow.orchestration.choosers import Chooser
+from sparseflow.orchestration.device.choosers import Chooser
 
 TRIAL_TOKENS = 64
 """After so many it is decided for which layers there will be hints."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.kernels.device.ops import DeviceOps, LayerMemory, ReachableBundles
 from sparseflow.kernels.device.placement import N_PLACED
-from sparseflow.orchestration.device_slots import DENSE_PART_NBYTES
-from sparseflow.orchestration.transport import Brought
+from sparseflow.orchestration.device.slots import DENSE_PART_NBYTES
+from sparseflow.orchestration.device.transport import Brought
 
 Bring = Callable[[int, NDArray[np.uint32]], Brought]
 
