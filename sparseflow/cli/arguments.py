@@ -87,7 +87,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-hints",
         action="store_true",
-        help="bring bundles to the GPU while attention computes, as foreseen in the layer before",
+        help="bring bundles to the GPU while the layer before computes, as foreseen there",
     )
     parser.add_argument(
         "--borrow-dense",

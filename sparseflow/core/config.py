@@ -52,8 +52,8 @@ class OffloadStrategy:
     well, which is slower, and what a GPU does otherwise."""
 
     device_hints: bool = False
-    """Bring bundles to their device slots while attention computes, as foreseen in the layer before. The first tokens
-    find out for which layers that is worth while."""
+    """Bring bundles to their device slots while the layer before computes, and attention, as foreseen there. The first
+    tokens find out for which layers that is worth while."""
 
     def __post_init__(self) -> None:
         for name in ("gpu_cache_ratio", "cpu_cache_ratio"):

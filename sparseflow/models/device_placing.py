@@ -45,6 +45,8 @@ class PlacedModel:
         move = Mover(self.device, lent)
         self._choosers = choosers_of(predictor, move)
         self._plan.take(move.nbytes)
+        if predictor is not None and config.strategy.device_hints:
+            self._plan.take(HINTS_NBYTES)
         self._stream: LayerStream | None = None
         self._coordinator: DeviceCoordinator | None = None
         self._dense_nbytes = 0
@@ -86,8 +88,6 @@ class PlacedModel:
             NotEnoughMemory: not even one slot a layer.
         """
         strategy = self._model.sparseflow_config.strategy
-        if strategy.device_hints:
-            self._plan.take(HINTS_NBYTES)
         self._coordinator = DeviceCoordinator(
             self._source,
             self._predictor,

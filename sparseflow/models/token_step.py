@@ -82,8 +82,7 @@ class TokenStep:
         has_room = self._has_room(cache, n_past + 1)
         if not has_room and not self._reserve(cache):
             return None
-        self._coordinator.before_pass()
-        self._coordinator.enter(decoding=True)
+        self._coordinator.begin_pass(decoding=True)
         self._token.copy_(input_ids.view(1))
         self._position.fill_(n_past)
         self._run()
@@ -154,7 +153,7 @@ class TokenStep:
         embed(self._token, self._position, decoder.embed_tokens.weight, positions.weight, positions.offset, stream)
         following = [Ahead(stream, host) for host in self._hosts[1:]]
         for n, (layer, ahead) in enumerate(zip(self._layers, [*following, None], strict=True)):
-            mlp_x = self._coordinator.inputs[n, :1]
+            mlp_x = self._coordinator.layers.inputs[n, :1]
             attention, norm, mlp_norm = layer.self_attn, layer.self_attn_layer_norm, layer.final_layer_norm
             normalise(stream, norm.weight, norm.bias, norm.eps, x)
             with layer.turn:

@@ -92,6 +92,10 @@ class LiveRecall:
             self._sample(predictor, layer, step_of, sums)
         self.pace.sampled()
 
+    def pause(self) -> None:
+        """What comes between the last token and the next is no token's time."""
+        self._n_tokens += 1
+
     def _sample(
         self, predictor: NeuronPredictor, layer: int, step_of: Callable[[int], SparseStep], sums: RecallSums
     ) -> None:

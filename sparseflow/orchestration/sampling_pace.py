@@ -10,7 +10,7 @@ _COST_MEMORY = 0.75
 
 
 class SamplingPace:
-    """Says after which layer steps to take a sample.
+    """Says after which layer steps to take a sample; or after which tokens, numbered one after the other.
 
     On average every (cost of a sample / (share * time of a step)) steps, both as running means. The distance to the
     next sample is drawn uniformly between 1 and twice the average, so that no layer comes up more often than another.
@@ -39,7 +39,7 @@ class SamplingPace:
         return max(1.0, self._cost_s / (self._share * self._step_s))
 
     def is_due(self, layer: int) -> bool:
-        """A layer step has ended; whether to take a sample of it. If so, `sampled` is to be called after that."""
+        """A layer step (a token) has ended; whether to take a sample of it. If so, `sampled` is to be called after that."""
         now_s = self._clock()
         if layer == self._layer + 1:  # else who calls may have paused between
             self._step_s = _mean(self._step_s, now_s - self._now_s, _STEP_MEMORY)

@@ -141,6 +141,18 @@ def test_hints_change_no_text(name: str, uses_graph: bool, stores: dict[str, Pat
     assert counts.nbytes_moved == sum(counts.misses + counts.hinted) * model.source.profile.bundle_nbytes
 
 
+@pytest.mark.parametrize("hints", [False, True])
+def test_a_graph_outlives_steps_of_several_sequences(
+    hints: bool, stores: dict[str, Path], opened: Open, dense: Any
+) -> None:
+    reference = dense("demo-float32")
+    ids = prompt(reference, 20)
+    model = opened(stores["demo-float32"], ratio=0.1, hints=hints)
+    for n_sequences in (1, 3, 8, 1):
+        many = ids.repeat(n_sequences, 1)
+        assert_same_or_tied(generate(model, many), generate(reference, many), 20, reference)
+
+
 @pytest.mark.parametrize("uses_graph", [True, False], ids=["graph", "no graph"])
 def test_recall_is_measured(uses_graph: bool, stores: dict[str, Path], opened: Open) -> None:
     model = opened(stores["demo-float16"], ratio=0.1, uses_graph=uses_graph)

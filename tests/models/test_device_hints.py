@@ -1,23 +1,25 @@
-"""Bundles that come before they are asked for change no text, whenever the device does what is beside its main row.
+"""Bundles that come before they are asked for change no text, whenever the device does what is beside.
 
 The slots are kept on the CPU here: the same decisions as on a GPU, in plain PyTorch.
 """
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import opt_family
 import pytest
 import torch
-from late_row import Late
+from late_lane import Late
 
 from sparseflow import OffloadStrategy, SparseOPTForCausalLM
-from sparseflow.kernels.device.placement import N_FORESEEN, N_HINTED, N_MISSED, N_TOTALS
+from sparseflow.kernels.device.placement import N_FORESEEN, N_HINTED, N_HINTS, N_MISSED, N_TOTALS
 from sparseflow.orchestration.device import hints as device_hints
 from sparseflow.orchestration.device.coordinator import DeviceCoordinator
-from sparseflow.orchestration.device.hints import DeviceHints, Row
+from sparseflow.orchestration.device.hints import DeviceHints, Lane
 
 MakeFolder = Callable[[str, str], Path]
 
@@ -28,11 +30,13 @@ def hints_of(model: SparseOPTForCausalLM) -> DeviceHints:
     return model.coordinator.hints
 
 
-def opened(checkpoint: Path, *, ratio: float = 0.1, hints: bool = True, row: Row | None = None) -> SparseOPTForCausalLM:
-    strategy = OffloadStrategy(device_cache="copy", gpu_cache_ratio=ratio, device_hints=hints)
+def opened(
+    checkpoint: Path, *, ratio: float = 0.1, cpu_ratio: float = 1.0, hints: bool = True, lane: Lane | None = None
+) -> SparseOPTForCausalLM:
+    strategy = OffloadStrategy(ratio, cpu_ratio, device_cache="copy", device_hints=hints)
     model = SparseOPTForCausalLM.from_pretrained(checkpoint, strategy=strategy)
-    if row is not None:
-        hints_of(model).row = row
+    if lane is not None:
+        hints_of(model).lane = lane
     return model
 
 
@@ -42,29 +46,29 @@ def continued(model: SparseOPTForCausalLM, ids: torch.Tensor, n: int = 12) -> to
 
 
 @pytest.fixture
-def rows() -> list[Late]:
+def lanes() -> list[Late]:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     return [Late(seed, hurry) for hurry in (0.0, 0.5, 1.0)]
 
 
 @pytest.mark.parametrize("n_sequences", [1, 3])
-@pytest.mark.parametrize("member", ["base", "post_norm", "projected", "odd_sizes"])
+@pytest.mark.parametrize("member", ["base", "post_norm", "projected", "no_affine", "odd_sizes"])
 def test_the_same_text_whenever_it_is_done(
-    member: str, n_sequences: int, family_checkpoint: MakeFolder, rows: list[Late]
+    member: str, n_sequences: int, family_checkpoint: MakeFolder, lanes: list[Late]
 ) -> None:
     checkpoint = family_checkpoint(member, "float32")
     plain = opened(checkpoint, hints=False)
     ids = opt_family.random_ids(plain.config, n_sequences, 9)
     expected = continued(plain, ids)
     moved = []
-    for row in rows:
-        model = opened(checkpoint, row=row)
+    for lane in lanes:
+        model = opened(checkpoint, lane=lane)
         assert torch.equal(continued(model, ids), expected)
         counts = model.stats.decode.device
         assert counts is not None
         moved.append((counts.hinted, counts.foreseen, counts.misses))
-        assert row.n_waited > 0
+        assert lane.n_waited > 0
     assert moved[0] == moved[1] == moved[2]
     assert sum(moved[0][0]) > 0
 
@@ -116,11 +120,50 @@ def test_a_layer_gains_where_enough_is_foreseen_and_used(
 ) -> None:
     hints = hints_of(opened(family_checkpoint("base", "float32")))
     totals = [0] * N_TOTALS
-    totals[N_HINTED], totals[N_FORESEEN], totals[N_MISSED] = n_hinted, n_foreseen, n_missed
+    totals[N_HINTS], totals[N_HINTED], totals[N_FORESEEN], totals[N_MISSED] = 64, n_hinted, n_foreseen, n_missed
     hints.note(1, totals)
     hints.decide()
     assert hints.is_on[1] is is_on
     assert not hints.is_on[0]
+
+
+def test_a_trial_begins_when_bundles_can_be_moved(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_hints, "TRIAL_TOKENS", 4)
+    model = opened(demo_model, cpu_ratio=0.5)
+    assert isinstance(model.coordinator, DeviceCoordinator)
+    ids = torch.arange(10, 20)[None]
+    continued(model, ids, 10)
+    assert hints_of(model).is_on == [False] + [True] * 7
+    assert model.stats.decode.device is not None
+    assert sum(model.stats.decode.device.hinted) == 0
+
+
+@pytest.mark.parametrize("part", ["hint", "gather", "compute"])
+@pytest.mark.parametrize("nth", [1, 10, 23])
+def test_what_was_interrupted_leaves_no_slot_that_lacks_its_bundle(
+    part: str, nth: int, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = opened(demo_model, hints=False), opened(demo_model, lane=Late(0, hurry=0.0))
+    assert isinstance(model.coordinator, DeviceCoordinator)
+    ids = torch.arange(10, 20)[None]
+    ops = model.coordinator.layers.ops
+    whole, n_calls = getattr(ops, part), itertools.count(1)
+
+    def interrupted(*words: Any) -> None:
+        if next(n_calls) == nth:
+            raise KeyboardInterrupt
+        whole(*words)
+
+    monkeypatch.setattr(ops, part, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        continued(model, ids)
+    assert torch.equal(continued(model, ids), continued(plain, ids))
+    source, layers = model.source, model.coordinator.layers
+    for layer, memory in enumerate(layers.memory):
+        bundles = source.resident_bundles(layer)
+        assert bundles is not None
+        for slot, neuron in enumerate(memory.placement.neuron_in.tolist()):
+            assert neuron < 0 or torch.equal(memory.slab[slot], bundles[neuron])
 
 
 class FakeStream:
@@ -161,13 +204,13 @@ def test_a_stream_waits_for_what_was_told_before_and_is_waited_for_when_it_has_w
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
-    row = device_hints.StreamBeside(torch.device("cuda"))
-    row.join()
-    row.run(lambda: log.append(f"work in {current[-1]._name}"))
-    row.mark()
-    row.wait_for_mark()
-    row.join()
-    row.join()
+    lane = device_hints.StreamLane(torch.device("cuda"))
+    lane.join()
+    lane.run(lambda: log.append(f"work in {current[-1]._name}"))
+    lane.mark()
+    lane.wait_for_mark()
+    lane.join()
+    lane.join()
     assert log == [
         "beside waits for main",
         "work in beside",

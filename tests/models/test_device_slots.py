@@ -5,6 +5,7 @@ The slots are kept on the CPU here: the same decisions as on a GPU, in plain PyT
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from sparseflow import DiskWeightStore, OffloadStrategy, SparseFlowConfig, Spars
 from sparseflow.errors import ArenaBusy, BadRequest, NotEnoughMemory, ServerError
 from sparseflow.orchestration.device.choosers import Mover
 from sparseflow.orchestration.device.coordinator import DeviceCoordinator
-from sparseflow.orchestration.device.slots import LEAST_SHARE, DevicePlan
+from sparseflow.orchestration.device.slots import HINTS_NBYTES, LEAST_SHARE, DevicePlan
 from sparseflow.orchestration.device.transport import HostMemoryReplaced
 
 MakeFolder = Callable[[str, str], Path]
@@ -73,9 +74,11 @@ def test_the_same_text_with_bundles_on_disk(cpu_ratio: float, ratio: float, fami
     )
     ids = opt_family.random_ids(plain.config, 1, 9)
     assert torch.equal(continued(plain, ids), continued(slotted, ids))
-    fetches = slotted.stats.decode.fetches
+    decode, fetches = slotted.stats.decode, slotted.stats.decode.fetches
     assert fetches is not None
     assert fetches.misses > 0
+    assert decode.layer_steps == plain.stats.decode.layer_steps  # in however many parts
+    assert decode.active_pairs == plain.stats.decode.active_pairs
 
 
 def test_what_is_counted_adds_up(family_checkpoint: MakeFolder) -> None:
@@ -136,20 +139,22 @@ def test_a_closed_model_computes_no_more(family_checkpoint: MakeFolder) -> None:
         model(ids)
 
 
-@pytest.mark.parametrize("n_kept", [0, 1, 5])
-def test_the_same_text_with_layers_streamed(n_kept: int, demo_model: Path) -> None:
+@pytest.mark.parametrize(("n_kept", "hints"), [(0, False), (1, False), (5, False), (1, True)])
+def test_the_same_text_with_layers_streamed(n_kept: int, hints: bool, demo_model: Path) -> None:
     plain = opened(demo_model, None)
     layer_nbytes = sum(weight.nbytes for weight in plain.model.decoder.layers[0].self_attn.parameters())
     dense_nbytes = sum(weight.nbytes for weight in plain.source.dense().values())
     profile = plain.source.profile
     fixed = DevicePlan(plain.source, torch.device("cpu"), "auto").fixed_nbytes
     others = dense_nbytes - profile.num_layers * layer_nbytes + int(LEAST_SHARE * profile.neurons_nbytes)
-    model = opened(demo_model, 0.3, device_memory=fixed + others + (n_kept + 2) * layer_nbytes)
+    others += HINTS_NBYTES * hints
+    strategy = OffloadStrategy(device_hints=hints)
+    model = opened(demo_model, 0.3, strategy=strategy, device_memory=fixed + others + (n_kept + 2) * layer_nbytes)
     assert model.device_report()["n_streamed_layers"] == profile.num_layers - n_kept
     ids = torch.arange(10, 30)[None]
     assert torch.equal(continued(plain, ids), continued(model, ids))
     with pytest.raises(NotEnoughMemory, match="allow more"):
-        opened(demo_model, 0.3, device_memory=fixed + others + layer_nbytes)
+        opened(demo_model, 0.3, strategy=strategy, device_memory=fixed + others + layer_nbytes)
 
 
 @pytest.mark.parametrize("mode", ["off", "before"])
@@ -163,6 +168,41 @@ def test_the_same_text_whether_or_not_reads_begin_a_layer_earlier(mode: str, dem
     assert fetches is not None
     assert (fetches.hints_useful > 0) is (mode == "before")
     assert fetches.hinted >= fetches.hints_useful
+
+
+def test_what_foreseeing_costs_is_not_judged_by_the_first_time(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opened(demo_model, 0.1, strategy=OffloadStrategy(cpu_cache_ratio=0.2))
+    lookahead, source, noted, n_hints = model.coordinator.lookahead, model.source, [], itertools.count()
+    lookahead.mode, lookahead._bundle_read_s = "auto", 1.0  # a slow disk
+    note, hint = lookahead.note, source.hint
+
+    def noting(scoring_s: float, n_read: int, *hints: int) -> None:
+        noted.append(n_read)
+        note(scoring_s, n_read, *hints)
+
+    def hinting(layer: int, ids: Any) -> None:
+        if next(n_hints) == 0:
+            time.sleep(0.5)  # kernels are compiled, say
+        hint(layer, ids)
+
+    monkeypatch.setattr(lookahead, "note", noting)
+    monkeypatch.setattr(source, "hint", hinting)
+    continued(model, torch.arange(10, 20)[None])
+    assert next(n_hints) > 10 * (model.source.profile.num_layers - 1) - 10  # but where little is read
+    assert max(noted) < model.source.profile.ffn_dimension  # a dense prompt's reads are none of a step
+
+
+def test_a_model_can_be_closed_after_its_source(family_checkpoint: MakeFolder) -> None:
+    model = opened(family_checkpoint("base", "float32"), 0.3)
+    coordinator = model.coordinator
+    continued(model, opt_family.random_ids(model.config, 1, 9), n=3)
+    model.source.close()
+    model.close()
+    assert isinstance(coordinator, DeviceCoordinator)
+    assert sum(each.numel() for each in (coordinator.layers.slab, coordinator.layers.masks)) == 0
+    assert model.stats.decode.layer_steps == 2 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 7])

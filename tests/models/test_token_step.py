@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from late_row import Late
+from late_lane import Late
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM, StaticCache
 
 from sparseflow import OffloadStrategy, SparseOPTForCausalLM
@@ -60,9 +60,9 @@ def model(checkpoint: Path) -> Iterator[SparseOPTForCausalLM]:
 def interpret(model: SparseOPTForCausalLM) -> None:
     coordinator, profile = model.coordinator, model.source.profile
     assert isinstance(coordinator, DeviceCoordinator)
-    coordinator.ops = TritonOps(8, profile.ffn_dimension, profile.hidden_dimension, CPU)
+    coordinator.layers.ops = TritonOps(8, profile.ffn_dimension, profile.hidden_dimension, CPU)
     if coordinator.predictor is not None:
-        coordinator.choosers = [layer.on_device(Mover(CPU)) for layer in coordinator.predictor.layers]
+        coordinator.layers.choosers = [layer.on_device(Mover(CPU)) for layer in coordinator.predictor.layers]
     model.token_step = TokenStep(model, coordinator)
 
 
@@ -114,6 +114,24 @@ def test_a_cache_that_outgrows_its_room_is_followed(model: SparseOPTForCausalLM)
     assert cache.get_seq_length() == room + 2
 
 
+def test_what_a_graph_knows_the_address_of_stays_where_it_is(model: SparseOPTForCausalLM) -> None:
+    coordinator = model.coordinator
+    assert isinstance(coordinator, DeviceCoordinator)
+
+    def addresses() -> list[int]:
+        sums = [chooser._sums for chooser in coordinator.layers.choosers]  # type: ignore[attr-defined]
+        of_sums = [tensor.data_ptr() for each in sums for tensor in vars(each).values()]
+        layers = coordinator.layers
+        return [*of_sums, layers.masks.data_ptr(), layers.inputs.data_ptr(), layers.step.told.data_ptr()]
+
+    before = addresses()
+    for n_sequences in (1, 3, 1):
+        ids = torch.arange(4, 8).repeat(n_sequences, 1)
+        with torch.inference_mode():
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
+    assert addresses() == before
+
+
 def test_another_cache_is_found(model: SparseOPTForCausalLM) -> None:
     (one, first), (other, second) = prompt(model), prompt(model)
     for ids, cache in ((one, first), (other, second)):
@@ -160,9 +178,9 @@ def check_streams(hints: DeviceHints, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a layer is foreseen from must be as it was, whenever that is done."""
     foresee, choose, streams = hints.foresee, hints._choose, []
 
-    def noting(layer: int, stream: torch.Tensor) -> bool:
+    def noting(layer: int, stream: torch.Tensor) -> None:
         streams.append(stream.clone())
-        return foresee(layer, stream)
+        foresee(layer, stream)
 
     def checking(layer: int, stream: torch.Tensor, mask: torch.Tensor) -> None:
         assert torch.equal(stream, streams.pop()), "what comes after has changed it"
@@ -175,13 +193,13 @@ def check_streams(hints: DeviceHints, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hints_change_nothing_but_what_is_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = OffloadStrategy(device_cache="copy", gpu_cache_ratio=0.6, device_hints=True)
     first, moved = torch.tensor([[5]]), []
-    for row in (InTurn(), Late(0, hurry=0.0)):
+    for lane in (InTurn(), Late(0, hurry=0.0)):
         model = SparseOPTForCausalLM.from_pretrained(checkpoint, strategy=strategy)
         interpret(model)
         assert isinstance(model.coordinator, DeviceCoordinator)
         assert model.coordinator.hints is not None
         hints = model.coordinator.hints
-        hints.ops, hints.row = model.coordinator.ops, row
+        hints.lane = lane
         check_streams(hints, monkeypatch)
         ids, cache = first, DynamicCache(config=model.config)
         with torch.inference_mode():

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sparseflow.core.host_bundles import MappedFetch
 from sparseflow.core.weight_source import HostBundles
 from sparseflow.orchestration.live_recall import SparseStep
+from sparseflow.protocol.measured_recall import MeasuredRecall
 
 
 class MadeUpLayer:
@@ -31,6 +32,9 @@ class MadeUpLayer:
         assert (np.diff(ids.astype(np.int64)) > 0).all()
         self.kept.append(keep)
         return MappedFetch(HostBundles(self._base, ids))
+
+    def note_recall(self, measured: MeasuredRecall) -> None:
+        """Nobody shows it."""
 
 
 @dataclass

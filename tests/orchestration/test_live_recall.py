@@ -200,3 +200,49 @@ def test_torch_draws_the_same_with_and_without(rng: np.random.Generator) -> None
     torch.manual_seed(3)
     sampled(made, rng)
     assert torch.equal(torch.rand(4), first)
+
+
+# --- token by token, on a device
+
+
+def test_what_passes_between_texts_is_no_tokens_time() -> None:
+    """Else samples would come too often, and at the beginning of texts."""
+    now_s = 0.0
+    made = made_up_step(np.random.default_rng(0), near=0.1, far=0.0)
+    live = LiveRecall(made.source, clock=lambda: now_s)  # type: ignore[arg-type]
+    sums = RecallSums()
+    intervals = []
+    for pause_s in (0.0, 1000.0):
+        for _ in range(20):
+            live.pause()
+            now_s += pause_s
+            for _ in range(10):
+                now_s += 0.01
+                live.token(made.predictor, 1, lambda _: made.step, sums)  # type: ignore[arg-type]
+        intervals.append(live.pace._step_s)
+    assert intervals == pytest.approx([0.01, 0.01])
+    assert sums.steps == 400
+
+
+def test_a_layer_is_drawn_for_each_sample() -> None:
+    made = made_up_step(np.random.default_rng(0), near=0.1, far=0.0)
+    live, sums, asked = LiveRecall(made.source), RecallSums(), []  # type: ignore[arg-type]
+
+    class Always:
+        def is_due(self, layer: int) -> bool:
+            return True
+
+        def sampled(self) -> None:
+            """At once again."""
+
+    live.pace = Always()  # type: ignore[assignment]
+
+    def taken(layer: int) -> SparseStep:
+        asked.append(layer)
+        return made.step
+
+    for _ in range(200):
+        live.token(made.predictor, 4, taken, sums)  # type: ignore[arg-type]
+    assert sums.sampled_steps == 200
+    assert sums.steps == 800
+    assert all(30 <= asked.count(layer) <= 70 for layer in range(4))

@@ -17,7 +17,7 @@ from sparseflow import DiskWeightStore, OffloadStrategy, SparseOPTForCausalLM
 from sparseflow.core.weight_source import FETCH_TIMEOUT_S, HostBundles
 from sparseflow.errors import ServerError
 from sparseflow.kernels.device.ops import ReachableBundles
-from sparseflow.orchestration import transport
+from sparseflow.orchestration.device import transport
 from sparseflow.orchestration.device.coordinator import DeviceCoordinator
 from sparseflow.orchestration.device.transport import Pull, Push, Staging, lock_memory, open_transport
 

@@ -13,7 +13,7 @@ SLOT_LIMIT = 2**16 - 1
 
 @triton.jit
 def _halved(uses, stamp, step, HALVING_STEPS: tl.constexpr):
-    """A count as it is in `step`, of what `stamp` tells the last step."""
+    """A count as it is in `step`. stamp: of `Placement`."""
     periods = step // HALVING_STEPS - tl.abs(stamp) // HALVING_STEPS
     return uses >> tl.minimum(periods, 31)
 
@@ -149,7 +149,8 @@ def place(
         _add(totals_ptr + 4, n_placed)
     else:
         tl.store(clock_ptr, step)
-        _add(totals_ptr, 1)
+        if first_rank == 0:
+            _add(totals_ptr, 1)
         _add(totals_ptr + 1, n_chosen)
         _add(totals_ptr + 2, n_missing)
         _add(totals_ptr + 5, n_foreseen)

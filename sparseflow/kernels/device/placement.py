@@ -93,7 +93,7 @@ class Placement:
         self.neuron_in = torch.full((n_slots,), -1, dtype=torch.int32, device=device)
         self.uses = torch.zeros(n_neurons, dtype=torch.int32, device=device)
         self.stamp = torch.zeros(n_neurons, dtype=torch.int32, device=device)
-        """The layer step that each was used in last; negative: that it was given a slot for, and not used in."""
+        """The layer step that each was used in last, or foreseen for; negative: given a slot for, and not used in."""
         self.clock = torch.zeros(1, dtype=torch.int32, device=device)
         """Layer steps so far."""
         self.totals = torch.zeros(N_TOTALS, dtype=torch.int64, device=device) if totals is None else totals
@@ -104,7 +104,8 @@ class Placement:
         Args:
             mask: (n_tokens, ffn_dim) int8, 1 for a candidate.
             step: to be filled.
-            first, end: of all candidates, in ascending order, those of this range only.
+            first, end: of all candidates, in ascending order, those of this range only. A range that begins later is of
+                the same layer step; as the slots before may go again, it counts as a step of its own for that alone.
         """
         self._place(mask, step, first, end, is_hint=False)
 
@@ -132,6 +133,11 @@ class Placement:
             MOST=_MOST, BITS=_BITS, IS_HINT=is_hint, num_warps=SHAPE.warps,
         )  # fmt: skip
 
+    def empty(self) -> None:
+        """Forget what lies in slots; not how often it was used."""
+        self.slot_of.fill_(-1)
+        self.neuron_in.fill_(-1)
+
     def forget(self, step: PlacedStep) -> None:
         """Take the slots back that a step has given, for bundles that have not come."""
         n = int(step.counts[N_PLACED])
@@ -143,9 +149,8 @@ class Placement:
         ids = mask.any(0).nonzero().flatten()[first:end]
         n_foreseen = int(((self.stamp[ids] == -1 - self.clock) & (self.slot_of[ids] >= 0)).sum())
         n_missing, _ = self._place_ref(ids, step, _USE)
-        self.stamp[ids] = self.clock + 1
         self.clock += 1
-        self._add_to_totals({N_STEPS: 1, N_CHOSEN: len(ids), N_MISSED: n_missing, N_FORESEEN: n_foreseen})
+        self._add_to_totals({N_STEPS: first == 0, N_CHOSEN: len(ids), N_MISSED: n_missing, N_FORESEEN: n_foreseen})
 
     def hint_ref(self, mask: Tensor, step: PlacedStep) -> None:
         """`hint` in plain PyTorch, on any device."""

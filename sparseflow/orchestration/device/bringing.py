@@ -67,6 +67,11 @@ class Bringer:
         """Until `release`."""
         self._leases += [] if lease is None else [lease]
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is held."""
+        return not self._leases
+
     def release(self) -> None:
         """The device has read all that was held."""
         for lease in self._leases:

@@ -18,7 +18,10 @@ from sparseflow.kernels.bounds import CodedRows, Margin
 from sparseflow.orchestration.low_rank import LowRank
 
 if TYPE_CHECKING:
-    from sparseflow.kernels.device.token_codes import TokenSums
+    pass
+
+TOKENS_AT_ONCE = 8
+"""A step of more tokens is computed dense."""
 
 
 class Chooser(Protocol):
@@ -33,8 +36,8 @@ class Chooser(Protocol):
         """Fill the mask. x: (n_tokens, hidden) float32, contiguous. Does not wait for the device."""
         ...
 
-    def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
-        """The same for one token, once x is filled, (1, hidden), with the norm of the stream, (1, hidden)."""
+    def normalise_and_choose(self, hidden: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
+        """The same for one token, once x is filled, (1, hidden), with the norm of the residual stream, (1, hidden)."""
         ...
 
     def beside(self) -> "Chooser":
@@ -84,33 +87,26 @@ class ChooserByCodes:
         fine = rows.fine if planes > 1 else rows.fine[:0]
         there, device = CodedRows(*map(move, rows._replace(fine=fine))), move.device
         self._scorer = DeviceScorer(there, margin, failure_probability, threshold, planes)
-        self._sums: TokenSums | None = None
-        self._make_sums = lambda n_tokens: TokenSums(n_tokens, self._scorer.n_groups, device)
+        self._make_sums = lambda: TokenSums(TOKENS_AT_ONCE, self._scorer.n_groups, device)
+        self._sums = self._make_sums()  # where it is for good: a graph knows the address
         self._n_fine_rows = torch.zeros(1, dtype=torch.int64, device=device)
         self.pass_nbytes = there.nbytes_read(1, 0)
         self.nbytes = sum(tensor.nbytes for tensor in there)
 
     def choose(self, x: Tensor, mask: Tensor) -> None:
         """As `Chooser.choose`."""
-        sums = self._sums_for(len(x))
-        self._scorer.sum_tokens(x, sums)
-        self._scorer.select(x, sums, mask, self._n_fine_rows)
+        self._scorer.sum_tokens(x, self._sums)
+        self._scorer.select(x, self._sums, mask, self._n_fine_rows)
 
-    def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
+    def normalise_and_choose(self, hidden: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
         """As `Chooser.normalise_and_choose`."""
-        sums = self._sums_for(1)
-        self._scorer.normalise(stream, norm.weight, norm.bias, norm.eps, x, sums)
-        self._scorer.select(x, sums, mask, self._n_fine_rows)
-
-    def _sums_for(self, n_tokens: int) -> "TokenSums":
-        if self._sums is None or len(self._sums.steps) < n_tokens:
-            self._sums = self._make_sums(n_tokens)
-        return self._sums
+        self._scorer.normalise(hidden, norm.weight, norm.bias, norm.eps, x, self._sums)
+        self._scorer.select(x, self._sums, mask, self._n_fine_rows)
 
     def beside(self) -> "ChooserByCodes":
         """As `Chooser.beside`; rows of the fine plane are counted together."""
         twin = copy.copy(self)
-        twin._sums = None
+        twin._sums = self._make_sums()
         return twin
 
     def take_nbytes_beyond(self) -> int:
@@ -131,11 +127,11 @@ class ChooserByLowRank:
         """As `Chooser.choose`."""
         torch.logical_not(self._low_rank.scores(x) <= 0, out=mask)
 
-    def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
+    def normalise_and_choose(self, hidden: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
         """As `Chooser.normalise_and_choose`."""
         from sparseflow.kernels.device.norm import normalise
 
-        normalise(stream, norm.weight, norm.bias, norm.eps, x)
+        normalise(hidden, norm.weight, norm.bias, norm.eps, x)
         self.choose(x, mask)
 
     def beside(self) -> "ChooserByLowRank":
@@ -175,9 +171,9 @@ class ChooserOnHost:
         mask.zero_()
         mask[0, torch.from_numpy(ids.astype(np.int64))] = 1
 
-    def normalise_and_choose(self, stream: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
+    def normalise_and_choose(self, hidden: Tensor, norm: LayerNorm, x: Tensor, mask: Tensor) -> None:
         """As `Chooser.normalise_and_choose`."""
-        x.copy_(layer_norm(stream.float(), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps))
+        x.copy_(layer_norm(hidden.float(), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps))
         self.choose(x, mask)
 
     def beside(self) -> "ChooserOnHost":

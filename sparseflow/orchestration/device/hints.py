@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import LayerNorm
 
-from sparseflow.kernels.device.ops import DeviceOps, LayerMemory, ReachableBundles
-from sparseflow.kernels.device.placement import N_FORESEEN, N_HINTED, N_MISSED, N_TOTALS, PlacedStep
-from sparseflow.orchestration.device.choosers import Chooser
+from sparseflow.kernels.device.ops import ReachableBundles
+from sparseflow.kernels.device.placement import N_FORESEEN, N_HINTED, N_HINTS, N_MISSED, N_TOTALS, PlacedStep
+from sparseflow.orchestration.device.layers import DeviceLayers
 
 TRIAL_TOKENS = 64
 """After so many it is decided for which layers there will be hints."""
@@ -29,7 +29,7 @@ LEAST_FORESEEN = 0.2
 """Of the bundles that a layer lacks, that must have been foreseen; else scoring it twice is not worth while."""
 
 
-class Row(Protocol):
+class Lane(Protocol):
     """Work that a device does beside what it is told otherwise."""
 
     def run(self, work: Callable[[], None]) -> None:
@@ -37,7 +37,7 @@ class Row(Protocol):
         ...
 
     def mark(self) -> None:
-        """Remember how far this row has come."""
+        """Remember how far this lane has come."""
         ...
 
     def wait_for_mark(self) -> None:
@@ -49,30 +49,30 @@ class Row(Protocol):
         ...
 
 
-class StreamBeside:
-    """On a GPU: a stream of its own, which a graph that is being captured takes along."""
+class StreamLane:
+    """On a GPU: a CUDA stream of its own, which a graph that is being captured takes along."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream, self._mark = device, torch.cuda.Stream(device), torch.cuda.Event()
         self._is_joined = True
 
     def run(self, work: Callable[[], None]) -> None:
-        """As `Row.run`."""
+        """As `Lane.run`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._is_joined = False
         with torch.cuda.stream(self._stream):
             work()
 
     def mark(self) -> None:
-        """As `Row.mark`."""
+        """As `Lane.mark`."""
         self._mark.record(self._stream)
 
     def wait_for_mark(self) -> None:
-        """As `Row.wait_for_mark`."""
+        """As `Lane.wait_for_mark`."""
         torch.cuda.current_stream(self._device).wait_event(self._mark)
 
     def join(self) -> None:
-        """As `Row.join`."""
+        """As `Lane.join`."""
         if not self._is_joined:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._is_joined = True
@@ -82,87 +82,81 @@ class InTurn:
     """On a CPU: all is done at once."""
 
     def run(self, work: Callable[[], None]) -> None:
-        """As `Row.run`."""
+        """As `Lane.run`."""
         work()
 
     def mark(self) -> None:
-        """As `Row.mark`."""
+        """As `Lane.mark`."""
 
     def wait_for_mark(self) -> None:
-        """As `Row.wait_for_mark`."""
+        """As `Lane.wait_for_mark`."""
 
     def join(self) -> None:
-        """As `Row.join`."""
+        """As `Lane.join`."""
 
 
 class DeviceHints:
     """Foresees the next layer of a step of few tokens, and moves what it lacks."""
 
-    def __init__(
-        self,
-        layers: Sequence[LayerMemory],
-        choosers: Sequence[Chooser],
-        norms: Sequence[LayerNorm],
-        ops: DeviceOps,
-        mask: Tensor,
-        hidden: int,
-    ) -> None:
-        """
-        Args:
-            choosers: one a layer. norms: what stands before each MLP.
-            mask: one such as the steps use, (most tokens, ffn_dim) int8.
-        """
-        device = mask.device
-        self.ops = ops
+    def __init__(self, layers: DeviceLayers, norms: Sequence[LayerNorm]) -> None:
+        """norms: one a layer, from the residual stream to the MLP's input."""
+        device = layers.device
         self._layers, self._norms = layers, norms
-        self._choosers = [chooser.beside() for chooser in choosers]
-        self._mask, self._x = torch.zeros_like(mask), torch.zeros(1, hidden, device=device)
-        self._step = PlacedStep.empty(mask.shape[1], device)
-        self.row: Row = InTurn() if device.type == "cpu" else StreamBeside(device)
+        self._choosers = [chooser.beside() for chooser in layers.choosers]
+        self._mask, self._x = torch.zeros_like(layers.masks[0]), torch.zeros_like(layers.inputs[0, :1])
+        self._step = PlacedStep.empty(layers.n_neurons, device)
+        self.lane: Lane = InTurn() if device.type == "cpu" else StreamLane(device)
         self.is_on = [False] + [True] * (len(layers) - 1)
         """For which layers there are hints. What was captured before this changed is out of date."""
-        self._totals = torch.zeros(len(layers), N_TOTALS, dtype=torch.int64)
+        self._totals = [[0] * N_TOTALS for _ in range(len(layers))]
         self._n_tokens = 0
 
-    def foresee(self, layer: int, stream: Tensor) -> bool:
-        """Give slots to what a layer may lack; `move` is to follow. False, and nothing done, if there are no hints.
+    def wants(self, layer: int) -> bool:
+        """Whether a layer is to be foreseen."""
+        return layer < len(self.is_on) and self.is_on[layer]
+
+    def foresee(self, layer: int, hidden: Tensor) -> None:
+        """Give slots to what a layer may lack; `move` is to follow.
 
         Args:
-            stream: (n_tokens, hidden), the residual stream before the MLP of the layer before. It may be changed after
-                `row.wait_for_mark`.
+            hidden: (n_tokens, hidden), the residual stream before the MLP of the layer before. It may be changed after
+                `lane.wait_for_mark`.
         """
-        if layer >= len(self._layers) or not self.is_on[layer]:
-            return False
-        mask = self._mask[: len(stream)]
-        self.row.run(lambda: self._choose(layer, stream, mask))
-        self.row.mark()
-        self.row.run(lambda: self.ops.hint(self._layers[layer], mask, self._step))
-        return True
+        mask, memory = self._mask[: len(hidden)], self._layers.memory[layer]
+        self.lane.run(lambda: self._choose(layer, hidden, mask))
+        self.lane.mark()
+        self.lane.run(lambda: self._layers.ops.hint(memory, mask, self._step))
 
     def move(self, layer: int, host: ReachableBundles) -> None:
-        """Move what was given slots. The layer's step may begin after `row.join`."""
-        step, slab = self._step, self._layers[layer].slab
-        self.row.run(lambda: self.ops.gather(host, step.missing, step.places, step.counts, slab))
+        """Move what was given slots. The layer's step may begin after `lane.join`."""
+        step, slab = self._step, self._layers.memory[layer].slab
+        self.lane.run(lambda: self._layers.ops.gather(host, step.missing, step.places, step.counts, slab))
 
-    def _choose(self, layer: int, stream: Tensor, mask: Tensor) -> None:
+    def _choose(self, layer: int, hidden: Tensor, mask: Tensor) -> None:
         chooser, norm = self._choosers[layer], self._norms[layer]
-        if len(stream) == 1:
-            chooser.normalise_and_choose(stream, norm, self._x, mask)
+        if len(hidden) == 1 and norm.elementwise_affine:
+            chooser.normalise_and_choose(hidden, norm, self._x, mask)
         else:
-            chooser.choose(norm(stream).float().contiguous(), mask)
+            chooser.choose(norm(hidden).float().contiguous(), mask)
 
     def note(self, layer: int, totals: Sequence[int]) -> None:
         """What a layer's `Placement.totals` have grown by."""
-        self._totals[layer] += torch.tensor(totals)
+        self._totals[layer] = [old + new for old, new in zip(self._totals[layer], totals, strict=True)]
 
     def ends_trial(self) -> bool:
-        """A token was decoded; whether that was the last of the trial: `decide` is to follow."""
+        """A token was decoded; whether `decide` is to follow, once all totals are noted."""
         self._n_tokens += 1
         return self._n_tokens == TRIAL_TOKENS
 
     def decide(self) -> None:
-        """Keep to the layers that gain, by all that was noted."""
-        for layer, totals in enumerate(self._totals.tolist()):
-            n_missed, n_hinted, n_foreseen = (totals[place] for place in (N_MISSED, N_HINTED, N_FORESEEN))
-            is_useful = n_foreseen >= LEAST_USEFUL * n_hinted
-            self.is_on[layer] &= is_useful and n_foreseen >= LEAST_FORESEEN * (n_foreseen + n_missed) > 0
+        """Keep to the layers that gain; begin the trial anew where bundles could not be moved so far."""
+        if not any(totals[N_HINTS] for totals in self._totals):
+            self._n_tokens = 0
+            return
+        self.is_on = [is_on and _gains(totals) for is_on, totals in zip(self.is_on, self._totals, strict=True)]
+
+
+def _gains(totals: Sequence[int]) -> bool:
+    n_foreseen = totals[N_FORESEEN]
+    is_useful = n_foreseen >= LEAST_USEFUL * totals[N_HINTED]
+    return n_foreseen > 0 and is_useful and n_foreseen >= LEAST_FORESEEN * (n_foreseen + totals[N_MISSED])

@@ -12,6 +12,7 @@ from sparseflow.core.weight_source import WeightSource
 from sparseflow.engine.budgets import divide_slots, equal_shares
 from sparseflow.errors import NotEnoughMemory
 from sparseflow.orchestration.calibrated_predictor import calibration_of
+from sparseflow.orchestration.device.choosers import TOKENS_AT_ONCE
 from sparseflow.utils.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ ACTIVATIONS_NBYTES = 64 << 20
 
 DENSE_PART_NBYTES = 16 << 20
 """Bytes of bundles that a dense step moves together; two such parts are on the device at once."""
-TOKENS_AT_ONCE = 8
-"""A step of more tokens is computed dense; of so many, each layer's input and candidates are kept."""
 HINTS_NBYTES = 16 << 20
 """Of what moves bundles before they are asked for: what lies between its kernels, and its branch of a graph."""
 
@@ -58,7 +57,9 @@ class DevicePlan:
         profile = self._source.profile
         of_tokens = 2 * KEPT_TOKENS * profile.num_layers * profile.part_nbytes
         parts = 2 * min(DENSE_PART_NBYTES, profile.ffn_dimension * profile.bundle_nbytes)
-        of_steps = TOKENS_AT_ONCE * profile.num_layers * (profile.ffn_dimension + 4 * profile.hidden_dimension)
+        kept_nbytes = profile.ffn_dimension + 4 * profile.hidden_dimension  # candidates and input of a token
+        coded_nbytes = 3 * profile.hidden_dimension  # the same as codes, and sums of it
+        of_steps = TOKENS_AT_ONCE * profile.num_layers * (kept_nbytes + coded_nbytes)
         context = 0 if self._device.type == "cpu" else CONTEXT_NBYTES
         return of_tokens + parts + of_steps + ACTIVATIONS_NBYTES + context
 

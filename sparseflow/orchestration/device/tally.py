@@ -27,8 +27,11 @@ class DeviceTally:
         profile = source.profile
         self._source = source
         self._n_neurons, self._bundle_nbytes = profile.ffn_dimension, profile.bundle_nbytes
-        self._totals = torch.zeros(profile.num_layers, N_TOTALS + 1, dtype=torch.int64, device=device)
-        self.of_layers = [(totals[:N_TOTALS], totals[N_TOTALS:]) for totals in self._totals]
+        self._totals = torch.zeros(profile.num_layers, N_TOTALS, dtype=torch.int64, device=device)
+        self._active = torch.zeros(profile.num_layers, dtype=torch.int64, device=device)
+        self._active_at_mark = torch.zeros_like(self._active)
+        self._active_collected = [0] * profile.num_layers
+        self.of_layers = list(zip(self._totals, self._active.split(1), strict=True))
         """What the device adds to, by layer: `Placement.totals` and `LayerMemory.n_active`."""
         self.stats = RunStats()
         """As collected last."""
@@ -60,6 +63,18 @@ class DeviceTally:
         counts.halves_read += 2 * self._n_neurons
         counts.pairs += n_tokens * self._n_neurons
 
+    def add_predictor(self, nbytes: int) -> None:
+        """Bytes of predictor weights were read, beside what layer steps and hints read in any case."""
+        self.phase.predictor_nbytes += nbytes
+
+    def mark_active(self) -> None:
+        """To ask later what was active since. Does not wait for the device."""
+        self._active_at_mark.copy_(self._active)
+
+    def active_since_mark(self, layer: int) -> int:
+        """Active pairs of token and neuron that sparse steps of a layer have computed. Waits for the device."""
+        return int(self._active[layer] - self._active_at_mark[layer])
+
     def leave_out(self, fetches: FetchCounts) -> None:
         """These were for no step."""
         self._fetched += fetches
@@ -71,12 +86,15 @@ class DeviceTally:
             What each layer's `Placement.totals` had grown by.
         """
         totals: list[list[int]] = self._totals.tolist()
+        active: list[int] = self._active.tolist()
+        n_active = [new - old for new, old in zip(active, self._active_collected, strict=True)]
+        self._active_collected = active
         self._totals.zero_()
         counts = self.phase
         if counts.device is None:
             counts.device = DeviceCounts.zeros(len(totals))
         for layer, of_layer in enumerate(totals):
-            self._add_layer(counts, counts.device, layer, of_layer)
+            self._add_layer(counts, counts.device, layer, of_layer, n_active[layer])
         for of_layer, chooser in zip(totals, choosers, strict=False):  # there may be none
             n_passes = of_layer[N_STEPS] + of_layer[N_HINTS]
             counts.predictor_nbytes += n_passes * chooser.pass_nbytes + chooser.take_nbytes_beyond()
@@ -88,10 +106,12 @@ class DeviceTally:
         if fetched is not None:
             counts.fetches = (counts.fetches or FetchCounts()) + (fetched - self._fetched)
             self._fetched = fetched
-        return [of_layer[:N_TOTALS] for of_layer in totals]
+        return totals
 
-    def _add_layer(self, counts: StepCounts, device: DeviceCounts, layer: int, totals: list[int]) -> None:
-        n_steps, n_candidates, n_active = totals[N_STEPS], totals[N_CHOSEN], totals[N_TOTALS]
+    def _add_layer(
+        self, counts: StepCounts, device: DeviceCounts, layer: int, totals: list[int], n_active: int
+    ) -> None:
+        n_steps, n_candidates = totals[N_STEPS], totals[N_CHOSEN]
         counts.layer_steps += n_steps
         counts.neurons += n_steps * self._n_neurons
         counts.pairs += n_steps * self._n_neurons

@@ -1,11 +1,11 @@
-"""Work beside a device's main row, done when a device might do it that is in no hurry."""
+"""Work beside what a device does otherwise, done when a device might do it that is in no hurry."""
 
 import random
 from collections.abc import Callable
 
 
 class Late:
-    """As `hints.Row`: does its work as late as it may, or some of it earlier, by chance."""
+    """As `hints.Lane`: does its work as late as it may, or some of it earlier, by chance."""
 
     def __init__(self, seed: int, hurry: float) -> None:
         self._random, self._hurry = random.Random(seed), hurry
