@@ -39,7 +39,7 @@ class SamplingPace:
         return max(1.0, self._cost_s / (self._share * self._step_s))
 
     def is_due(self, layer: int) -> bool:
-        """A layer step (a token) has ended; whether to take a sample of it. If so, `sampled` is to be called after that."""
+        """A layer step (a token) has ended; whether to take a sample of it. If so, `sampled` is to be called after."""
         now_s = self._clock()
         if layer == self._layer + 1:  # else who calls may have paused between
             self._step_s = _mean(self._step_s, now_s - self._now_s, _STEP_MEMORY)
