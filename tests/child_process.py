@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from forked_program import ForkedProgram
 
 import sparseflow
 
@@ -24,3 +27,29 @@ def run_python(program: str | Path, *arguments: object, timeout_s: float = 60, *
     )
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+def run_forked(program: str | Path, *arguments: object, timeout_s: float = 60, **variables: str) -> str:
+    """The same where a test says nothing of what is loaded at the start, which takes seconds. Needs `fork_server`."""
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as log:
+        with start_forked(program, *arguments, log=log.name, **variables) as process:
+            printed = process.read(timeout_s)
+            code = process.wait(timeout_s)
+        assert code == 0, f"exit code {code}\n{printed}\n{log.read()}"
+    return printed
+
+
+def start_forked(program: str | Path, *arguments: object, log: str | Path, **variables: str) -> ForkedProgram:
+    """Such a process; its stderr goes to the log."""
+    words = [*map(str, arguments)]
+    if isinstance(program, Path):
+        program, words = _SCRIPT, [str(program), *words]
+    return ForkedProgram(program, words, Path(log), os.environ | variables, [*map(str, _SEARCHED)])
+
+
+_SCRIPT = """
+import runpy, sys
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""

@@ -1,7 +1,8 @@
-"""What every test gets, and checkpoints and stores that several tests share."""
+"""What every test gets; checkpoints, stores, processes and a CUDA driver without a GPU that several tests share."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks the hub
@@ -11,11 +12,21 @@ if not Path("/dev/nvidiactl").exists():
 
 import opt_family
 import pytest
+import stub_library
 from filelock import FileLock
+from forked_program import start_servers
 
 import sparseflow
 
 MakeFolder = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_for_good() -> Iterator[None]:
+    """Whoever collects garbage goes through what tests have made: through all imports it takes a fifth of a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +35,25 @@ def sparseflow_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     home = tmp_path_factory.mktemp("sparseflow-home")
     monkeypatch.setenv("SPARSEFLOW_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Started before any test's variables are set, or it would count as left by that test."""
+    start_servers()
+
+
+@pytest.fixture(scope="session")
+def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a libcuda.so.1 that needs no GPU."""
+    return stub_library.build(tmp_path_factory.mktemp("stub"))
+
+
+@pytest.fixture
+def stub(stub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """That library, for processes that are started; they share memory through a folder, empty again at the end."""
+    with stub_library.shared_memory(stub_folder, monkeypatch):
+        yield stub_folder / "libcuda.so.1"
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +108,7 @@ def calibrated_demo_store(tmp_path_factory: pytest.TempPathFactory, demo_model: 
     with FileLock(folder / "calibrated-demo.lock", timeout=600):
         if not done.exists():
             convert(Checkpoint(demo_model), store, quiet=True)
-            settings = CalibrationSettings(tokens=6144, epochs=1, keeps_all=True)
+            settings = CalibrationSettings(tokens=4096, epochs=1, keeps_all=True)
             calibrate(store, [demo_model / "calibration.txt"], settings)
             done.touch()
     return store

@@ -2,7 +2,7 @@
 
 import ast
 import os
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,19 +47,22 @@ def part_of(module: str) -> str:
     return module.split("/")[0].removesuffix(".py")
 
 
-def imported_names(source: str, module: str) -> Iterator[str]:
+@cache
+def imported_names(source: str, module: str) -> list[str]:
     """Every dotted name that a module imports, at its top, in functions or for type checkers; relative ones resolved.
 
     `from a import b` gives `a.b`, because `b` may be a module.
     """
     folder = ["sparseflow", *module.split("/")[:-1]]
+    names: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = folder[: len(folder) + 1 - node.level] if node.level else []
             base += [node.module] if node.module else []
-            yield from (".".join([*base, alias.name]) for alias in node.names)
+            names += (".".join([*base, alias.name]) for alias in node.names)
+    return names
 
 
 def imported_parts(source: str, module: str) -> set[str]:

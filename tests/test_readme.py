@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from child_process import run_forked
 
 from sparseflow.cli.main import main
 
@@ -74,15 +75,11 @@ for script in sys.argv[1:]:
 """
 
 
-def test_help_of_every_script_works() -> None:
+def test_help_of_every_script_works(fork_server: None) -> None:
     """In one process, for most of the time is imports."""
     scripts = [
         script
         for script in (*ROOT.glob("scripts/*.py"), *ROOT.glob("scripts/bench/*.py"))
         if '__name__ == "__main__"' in script.read_text(encoding="utf-8")  # else it is what other scripts import
     ]
-    result = subprocess.run(
-        [sys.executable, "-c", HELP, *scripts], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("usage:") == len(scripts) > 5
+    assert run_forked(HELP, *scripts, timeout_s=120).count("usage:") == len(scripts) > 5

@@ -14,9 +14,9 @@ def test_calibrate_shows_what_it_chose_and_generate_uses_it(
     store = str(tmp_path / "store")
     text = str(demo_model / "calibration.txt")
     assert main(["convert", str(demo_model), store, "--quiet"]) == EXIT_OK
-    assert main(["calibrate", store, "--text", text, "--tokens", "1024", "--epochs", "0", "--json"]) == EXIT_OK
+    assert main(["calibrate", store, "--text", text, "--tokens", "512", "--epochs", "0", "--json"]) == EXIT_OK
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["tokens"] == 1024
+    assert result["tokens"] == 512
     for layer in result["layers"]:
         assert layer["chosen"] == min(layer["bytes_per_token"], key=layer["bytes_per_token"].get)
     generate = ["generate", store, "--prompt", "In the beginning", "--max-new-tokens", "4", "--json", "--fidelity"]

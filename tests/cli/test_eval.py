@@ -64,7 +64,7 @@ def test_neurons_left_out_are_seen_in_the_table(demo_model: Path, text: str, cap
 
 
 def test_a_calibrated_store_keeps_the_recall_asked_for(calibrated_demo_store: Path, text: str, capsys: Capture) -> None:
-    arguments = ["--text", text, "--tokens", "1024", "--cpu-cache-ratio", "0.1", "0.5", "--json"]
+    arguments = ["--text", text, "--tokens", "512", "--cpu-cache-ratio", "0.1", "0.5", "--json"]
     fidelities = ["calibrated:0.99", "calibrated:0.9:svd"]
     assert main(["eval", str(calibrated_demo_store), *arguments, "--fidelity", *fidelities]) == 0
     high, low = json.loads(capsys.readouterr().out)["fidelities"]

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from sparseflow.cli.main import main
+from sparseflow.core.checkpoint import Checkpoint
+from sparseflow.core.converter import convert
 from sparseflow.engine.replay import POLICIES
 from sparseflow.engine.trace import Trace
 from sparseflow.evaluation.trace_run import record_trace
@@ -17,22 +19,31 @@ from sparseflow.utils.tokenizer import tokenizer_of
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture
-def recorded(demo_model: Path, tmp_path: Path, capsys: Capture) -> Path:
-    out = tmp_path / "demo.trace"
-    text = demo_model / "heldout.txt"
-    arguments = ["trace", "record", str(demo_model), "--text", str(text), "--tokens", "24", "--out", str(out)]
-    assert main(arguments) == 0
-    assert "24 tokens, 192 layer steps" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def store(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the demo model. To be read only."""
+    return convert(Checkpoint(demo_model), tmp_path_factory.mktemp("demo") / "store", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def recorded(store: Path, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace of 24 tokens. To be read only."""
+    out = tmp_path_factory.mktemp("trace") / "demo.trace"
+    record(store, demo_model, out)
     return out
 
 
-def test_trace_holds_what_each_step_chooses(demo_model: Path, recorded: Path) -> None:
+def record(store: Path, demo_model: Path, out: Path, *more: str) -> None:
+    arguments = ["trace", "record", str(store), "--text", str(demo_model / "heldout.txt"), "--tokens", "24"]
+    assert main([*arguments, "--out", str(out), *more]) == 0
+
+
+def test_trace_holds_what_each_step_chooses(store: Path, demo_model: Path, recorded: Path) -> None:
     """Asked of the predictor itself, with the whole text at once."""
     trace = Trace.load(recorded)
     assert (trace.n_layers, trace.ffn_dim, trace.n_tokens) == (8, 1024, 24)
     assert trace.layers.tolist() == list(range(8)) * 24
-    model = SparseOPTForCausalLM.from_pretrained(demo_model)
+    model = SparseOPTForCausalLM.from_pretrained(store)
     tokens = tokenizer_of(model.source.model_files)((demo_model / "heldout.txt").read_text()[:2000]).input_ids[:25]
     inputs: dict[int, torch.Tensor] = {}
     for layer in model.model.decoder.layers:
@@ -50,9 +61,9 @@ def test_trace_holds_what_each_step_chooses(demo_model: Path, recorded: Path) ->
     assert n_differing <= 0.01 * len(trace.ids), "half precision rounds otherwise with all tokens at once, but little"
 
 
-def test_windows_restart_where_positions_end(demo_model: Path) -> None:
+def test_windows_restart_where_positions_end(store: Path) -> None:
     """Two windows of three tokens: the first token of each is its prompt."""
-    model = SparseOPTForCausalLM.from_pretrained(demo_model)
+    model = SparseOPTForCausalLM.from_pretrained(store)
     windows = torch.tensor([[5, 6, 7], [5, 6, 7]])
     trace = record_trace(model, "", windows, 100)
     steps = list(trace)
@@ -64,12 +75,13 @@ def test_windows_restart_where_positions_end(demo_model: Path) -> None:
     model.close()
 
 
-def test_parts_of_a_step_are_one_step(demo_model: Path, recorded: Path) -> None:
+def test_parts_of_a_step_are_one_step(
+    store: Path, demo_model: Path, recorded: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """In an arena that takes a step of this model in several fetches, the same neurons are noted."""
-    small = recorded.with_name("small.trace")
-    text = demo_model / "heldout.txt"
-    arguments = ["trace", "record", str(demo_model), "--text", str(text), "--tokens", "24", "--out", str(small)]
-    assert main([*arguments, "--cpu-cache-ratio", "0.03"]) == 0
+    small = tmp_path / "small.trace"
+    record(store, demo_model, small, "--cpu-cache-ratio", "0.03")
+    assert "24 tokens, 192 layer steps" in capsys.readouterr().out
     one, other = Trace.load(recorded), Trace.load(small)
     assert one.layers.tolist() == other.layers.tolist()
     assert len(np.setxor1d(one.ids, other.ids)) <= 0.01 * len(np.unique(one.ids))
@@ -120,9 +132,10 @@ def test_replay_compares_budgets(recorded: Path, capsys: Capture) -> None:
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
-    demo_model: Path, recorded: Path, capsys: Capture, arguments: list[str], text: str
+    store: Path, recorded: Path, capsys: Capture, arguments: list[str], text: str
 ) -> None:
-    named = {"TRACE": str(recorded), "MODEL": str(demo_model)}
+    named = {"TRACE": str(recorded), "MODEL": str(store)}
+    capsys.readouterr()
     assert main(["trace", *(named.get(argument, argument) for argument in arguments)]) in (1, 2)
     captured = capsys.readouterr()
     assert captured.out == ""

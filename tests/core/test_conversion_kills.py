@@ -10,14 +10,16 @@ from typing import Any
 import opt_family
 import pytest
 import torch
-from child_process import run_python
+from child_process import run_forked
 from transformers import OPTConfig
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 SCRIPT = Path(__file__).with_name("kill_conversions.py")
-LARGE_ENOUGH_TO_HIT = {  # a second or two to convert
+LARGE_ENOUGH_TO_HIT = {  # half a second or more to convert
     "hidden_size": 512,
     "ffn_dim": 4096,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "vocab_size": 1000,
     "max_position_embeddings": 64,
@@ -33,7 +35,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rounds(checkpoint: Path, work: Path, *arguments: object, timeout_s: float) -> list[dict[str, Any]]:
     try:
-        printed = run_python(SCRIPT, checkpoint, work, *arguments, timeout_s=timeout_s)
+        printed = run_forked(SCRIPT, checkpoint, work, *arguments, timeout_s=timeout_s)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     whole, *records = [json.loads(line) for line in printed.splitlines()]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import stub_library
 from fake_driver import FakeDriver, World
 from mapped_memory import Mapped, map_shared
 
@@ -54,19 +53,6 @@ def other(world: World) -> Iterator[FakeDriver]:
     made = FakeDriver(world)
     yield made
     assert made.leaks() == {}
-
-
-@pytest.fixture(scope="session")
-def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a libcuda.so.1 that needs no GPU."""
-    return stub_library.build(tmp_path_factory.mktemp("stub"))
-
-
-@pytest.fixture
-def stub(stub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """That library, for processes that are started; they share memory through a folder."""
-    with stub_library.shared_memory(stub_folder, monkeypatch):
-        yield stub_folder / "libcuda.so.1"
 
 
 @pytest.fixture(autouse=True)

@@ -93,8 +93,8 @@ def test_hang_in_the_driver_ends_at_the_deadline_with_all_its_processes(
     monkeypatch.setenv("STUB_HANG", call)
     shared = Path(os.environ["STUB_FOLDER"])
     begin = time.monotonic()
-    outcome = trial("ipc" if "Ipc" in call else "page-lock-writable", timeout_s=3.0)
-    assert outcome == Outcome(None, "no end within 3 s")
+    outcome = trial("ipc" if "Ipc" in call else "page-lock-writable", timeout_s=2.0)
+    assert outcome == Outcome(None, "no end within 2 s")
     assert time.monotonic() - begin < 20
     deadline = time.monotonic() + 10
     while (left := processes_with("STUB_HANG", call)) and time.monotonic() < deadline:

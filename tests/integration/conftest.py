@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from dense_reference import DenseIds, greedy_ids
-from forked_program import start_server
 from processes import RUNTIME_DIR, Host
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("engine", "cuda")]  # shards, a stub of the driver
+sys.path.append(str(Path(__file__).parents[1] / "engine"))  # shards
 
 
 _FAILED = pytest.StashKey[bool]()
@@ -27,12 +26,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if call.excinfo is not None and isinstance(host, Host):
             report.sections += [(f"log of server {server.pid}", server.log()) for server in host.servers]
     return report
-
-
-@pytest.fixture(scope="session")
-def fork_server() -> None:
-    """Started before any test's variables are set, or it would count as left by that test."""
-    start_server()
 
 
 @pytest.fixture
@@ -55,23 +48,6 @@ def host(
         for server in host.servers:
             server.kill()
         shutil.rmtree(runtime_dir)
-
-
-@pytest.fixture(scope="session")
-def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a libcuda.so.1 that needs no GPU."""
-    import stub_library
-
-    return stub_library.build(tmp_path_factory.mktemp("stub"))
-
-
-@pytest.fixture
-def stub(stub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """That library, for servers that are started; processes share memory through a folder, empty again at the end."""
-    import stub_library
-
-    with stub_library.shared_memory(stub_folder, monkeypatch):
-        yield stub_folder / "libcuda.so.1"
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from forked_program import ForkedProgram
+from forked_program import OF_WEIGHT_SERVERS, ForkedProcess, ForkedProgram
 
 import sparseflow
 from sparseflow.errors import ServerError
@@ -44,7 +44,7 @@ def until(found: Callable[[], T], timeout_s: float = DEADLINE_S, pause_s: float 
 class OwnProcess:
     """A process of a test, with a file for what it complains of."""
 
-    def __init__(self, process: "subprocess.Popen[bytes] | ForkedProgram", log: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes] | ForkedProcess", log: Path) -> None:
         self._process, self._log = process, log
         self.pid = process.pid
 
@@ -92,21 +92,28 @@ class OwnProcess:
         return until(stays)
 
 
+SERVE = "import sys; from sparseflow_daemon.__main__ import main; sys.exit(main())"
+
+
 class ServerProcess(OwnProcess):
-    """A weight server."""
+    """A weight server: the command, a program of its own, or a fork that has imported all of it."""
 
     def __init__(
-        self, log: Path, program: Sequence[str], stores: Sequence[Path], name: str, options: Mapping[str, Any],
+        self, log: Path, program: Sequence[str] | None, stores: Sequence[Path], name: str, options: Mapping[str, Any],
         **variables: str,
     ) -> None:  # fmt: skip
         words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
-        command = [sys.executable, *program, *stores, "--name", name, *words]
+        words = [*map(str, (*stores, "--name", name, *words))]
         path = os.pathsep.join([*map(str, _SEARCHED), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                [*map(str, command)], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-            )
+        process: subprocess.Popen[bytes] | ForkedProcess
+        with open(os.devnull, "rb") as nothing, open(log, "wb") as output:
+            if program:
+                command = [sys.executable, *program, *words]
+                process = subprocess.Popen(command, stdin=nothing, stdout=output, stderr=output, env=environment)
+            else:
+                fds = nothing.fileno(), output.fileno(), output.fileno()
+                process = ForkedProcess(OF_WEIGHT_SERVERS, SERVE, words, fds, environment, [])
         super().__init__(process, log)
         self.name = name
 
@@ -194,6 +201,8 @@ class Host:
 
     def __init__(self, runtime_dir: Path, logs: Path) -> None:
         self.runtime_dir, self._logs = runtime_dir, logs
+        self.program: Sequence[str] | None = None
+        """Of servers: forks, which are there soonest, or what Python is told to run."""
         self.servers: list[ServerProcess] = []
         self.clients: list[ClientProcess] = []
 
@@ -201,12 +210,13 @@ class Host:
         self,
         *stores: Path,
         name: str = "s",
-        program: Sequence[str] = ("-m", "sparseflow_daemon"),
+        program: Sequence[str] | None = None,
         variables: Mapping[str, str] | None = None,
         **options: Any,
     ) -> ServerProcess:
         """Start a server, with options of its command line. It may not be there yet."""
         log = self._logs / f"server-{len(self.servers)}.log"
+        program = program or self.program
         self.servers.append(ServerProcess(log, program, stores, name, options, **(variables or {})))
         return self.servers[-1]
 
@@ -254,8 +264,8 @@ class Host:
         assert server.end() == 0, server.log()
 
     def _processes(self) -> list[psutil.Process]:
-        """All that were started for this runtime directory, by whomever, and what clients have begun."""
-        groups = {client.pid for client in self.clients}
+        """All that were started for this runtime directory, by whomever, and what forks have begun."""
+        groups = {process.pid for process in (*self.clients, *self.servers)}
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):

@@ -4,7 +4,6 @@ import faulthandler
 import json
 import signal
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,9 +38,14 @@ def open_model(model: str | None = None, **settings: Any) -> "SparseOPTForCausal
 
 
 def generate(
-    model: Any, prompt: list[int], n_tokens: int, *, tell_at: int | None = None, pause_s: float = 0.0
+    model: Any, prompt: list[int], n_tokens: int, *, tell_at: int | None = None, stop_at: int | None = None
 ) -> list[int]:
-    """Prompt and greedy continuation of exactly `n_tokens`. tell_at: say so when as many tokens are there."""
+    """Prompt and greedy continuation of exactly `n_tokens`.
+
+    Args:
+        tell_at: say so when as many tokens are there.
+        stop_at: say so, and wait until the test says to go on.
+    """
     import torch
     from transformers.generation.streamers import BaseStreamer
 
@@ -50,9 +54,10 @@ def generate(
 
         def put(self, value: torch.Tensor) -> None:
             self.n_seen += 1
-            if self.n_seen == tell_at:
-                tell(f"{tell_at} tokens")
-            time.sleep(pause_s)
+            if self.n_seen in (tell_at, stop_at):
+                tell(f"{self.n_seen} tokens")
+            if self.n_seen == stop_at:
+                hear()
 
         def end(self) -> None:
             pass

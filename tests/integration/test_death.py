@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from dense_reference import DenseIds
-from processes import Host, ServerProcess, until
+from processes import ClientProcess, Host, ServerProcess, until
 from served_shards import ServedShards
 
 RETURN_DEADLINE_S = 5.0
@@ -45,7 +45,7 @@ model = open_model(reconnect_timeout_s=given.get("reconnect_timeout_s", 30.0))
 tell("open")
 hear()
 try:
-    tell(generate(model, given["prompt"], given["n_tokens"], tell_at=10, pause_s=given.get("pause_s", 0.0)))
+    tell(generate(model, given["prompt"], given["n_tokens"], tell_at=10, stop_at=given.get("stop_at")))
 except SparseFlowError as error:
     tell([type(error).__name__, str(error)])
 hear()
@@ -202,23 +202,32 @@ def test_generating_ends_with_a_named_error_when_the_server_is_gone(host: Host, 
     client.finish()
 
 
+def go_on(client: ClientProcess, ratio: float) -> None:
+    """Where all weights are there, nothing waits for the next server: it is looked for once a second."""
+    if ratio == 1:
+        time.sleep(1.1)
+    client.say()
+
+
 @pytest.mark.parametrize("ratio", [0.2, 1.0], ids=["arena", "whole model"])
 def test_generating_goes_on_with_the_next_server_as_if_nothing_had_been(
     host: Host, demo_store: Path, dense_ids: DenseIds, ratio: float
 ) -> None:
     first = host.serve(demo_store, cpu_cache_ratio=ratio)
-    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=120, pause_s=0.03)
+    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=N_TOKENS, stop_at=30)
     assert client.hear() == "open"
     client.say()
     assert client.hear() == "10 tokens"
     first.kill()
     second = host.serve(demo_store, cpu_cache_ratio=ratio)
+    assert client.hear() == "30 tokens"  # of the second server, or of weights that are all there
+    go_on(client, ratio)
     session = until(lambda: second.session(client.pid))
     assert session["state"] == "open"
-    assert client.hear() == dense_ids(PROMPT, 120)
+    assert client.hear() == dense_ids(PROMPT, N_TOKENS)
     session = second.session(client.pid)
     assert session is not None
-    assert session["tokens"] == 119  # the first comes from the prompt
+    assert session["tokens"] == N_TOKENS - 1  # the first comes from the prompt
     assert session["leases"] == 0
     client.say()
     client.finish()
@@ -236,14 +245,16 @@ def test_the_next_server_may_have_another_arena(
     host: Host, demo_store: Path, dense_ids: DenseIds, before: float, after: float
 ) -> None:
     first = host.serve(demo_store, cpu_cache_ratio=before)
-    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=120, pause_s=0.03)
+    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=N_TOKENS, stop_at=30)
     assert client.hear() == "open"
     client.say()
     assert client.hear() == "10 tokens"
     first.kill()
     second = host.serve(demo_store, cpu_cache_ratio=after)
+    assert client.hear() == "30 tokens"
+    go_on(client, before)
     until(lambda: second.session(client.pid))
-    assert client.hear() == dense_ids(PROMPT, 120)
+    assert client.hear() == dense_ids(PROMPT, N_TOKENS)
     client.say()
     client.finish()
 

@@ -10,7 +10,7 @@ from dense_reference import DenseIds, greedy_ids
 from processes import Host
 from transformers import AutoTokenizer, OPTForCausalLM
 
-N_TOKENS = 60
+N_TOKENS = 40
 PROMPTS = [
     "HAMLET.\nTo be, or not to be,",
     "In the beginning",

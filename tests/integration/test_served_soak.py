@@ -60,7 +60,7 @@ def soak(host: Host, folder: Path, seconds: float, *, n_clients: int, kill_every
 
 @pytest.mark.parametrize("bundle_nbytes", [512, 96], ids=["aligned", "misaligned"])
 def test_every_byte_is_right_while_clients_are_killed(host: Host, tmp_path: Path, bundle_nbytes: int) -> None:
-    soak(host, tmp_path, 4, n_clients=3, kill_every_s=1.2, bundle_nbytes=bundle_nbytes)
+    soak(host, tmp_path, 2.5, n_clients=3, kill_every_s=1, bundle_nbytes=bundle_nbytes)
 
 
 @pytest.mark.slow

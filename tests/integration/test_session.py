@@ -24,7 +24,7 @@ from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.protocol.session_counters import COUNTERS_NBYTES
 
 PROMPT = [5, 6, 7, 8]
-N_TOKENS = 40
+N_TOKENS = 20
 READ_ONLY = ("arena", "dense", "predictors", "files")
 
 OPEN_AND_CLOSE = """
@@ -33,6 +33,7 @@ import torch
 from sparseflow import SparseOPTForCausalLM
 from telling import generate, given, hear, open_model, tell
 
+gc.freeze()  # so that only what follows is gone through
 tell("imported")
 for _ in range(given["n_times"]):
     hear()
@@ -110,17 +111,18 @@ def test_thirty_sessions_leave_nothing_behind(host: Host, family_store: Callable
     client = host.client(OPEN_AND_CLOSE, name="s", prompt=PROMPT, n_tokens=3, n_times=33)
     assert client.hear() == "imported"
     counts = []
-    for _ in range(33):
+    for n in range(1, 34):
         for _step in ("generated", "closed", "deleted"):
             client.say()
             client.hear()
         until(lambda: server.status()["sessions"] == [])
-        counts.append((client.count(), server.settled_count(), n_maps(client.pid), n_maps(server.pid)))
-    for ours, theirs, _, _ in counts[2:]:
-        for count, first in ((ours, counts[2][0]), (theirs, counts[2][1])):
+        if n % 10 == 3:
+            counts.append((client.count(), server.settled_count(), n_maps(client.pid), n_maps(server.pid)))
+    for ours, theirs, _, _ in counts[1:]:
+        for count, first in ((ours, counts[0][0]), (theirs, counts[0][1])):
             assert all(count[name] <= first[name] + 2 for name in first)  # one that only now goes away may be counted
     for place in (2, 3):  # the allocator maps and unmaps a few as it likes
-        assert counts[-1][place] <= counts[2][place] + 8
+        assert counts[-1][place] <= counts[0][place] + 8
     client.say()
     client.finish()
 
@@ -137,16 +139,16 @@ IDS = np.arange(5, dtype=np.uint32)
 
 def test_threads_of_a_process_may_hint_at_the_same_time(server: ServerProcess) -> None:
     with WeightClient("s") as client:
-        in_threads(4, lambda: [client.hint(1, IDS) for _ in range(5000)])
+        in_threads(4, lambda: [client.hint(1, IDS) for _ in range(2000)])
 
 
 def test_threads_of_a_process_may_fetch_at_the_same_time_from_a_whole_model(host: Host, shards: ServedShards) -> None:
     """Its server has ended: each fetch from the first layer looks for the next one."""
     server = host.serve(shards.folder)
     with WeightClient("s") as client:
-        in_threads(4, lambda: [client.fetch(0, IDS).release() for _ in range(5000)])
+        in_threads(4, lambda: [client.fetch(0, IDS).release() for _ in range(2000)])
         server.kill()
-        in_threads(4, lambda: [client.fetch(0, IDS).release() for _ in range(5000)])
+        in_threads(4, lambda: [client.fetch(0, IDS).release() for _ in range(2000)])
 
 
 def in_threads(n: int, work: Callable[[], object]) -> None:
@@ -163,12 +165,13 @@ def test_threads_that_end_leave_nothing_open(server: ServerProcess) -> None:
                 fetch.wait(30)
 
         n_fds = []
-        for _ in range(12):
+        for n in range(12):
             thread = threading.Thread(target=work)
             thread.start()
             thread.join(60)
-            n_fds.append((len(os.listdir("/proc/self/fd")), server.settled_count()["fds"]))
-        assert all(last <= second + 2 for last, second in zip(n_fds[-1], n_fds[1], strict=True))
+            if n in (1, 11):
+                n_fds.append((len(os.listdir("/proc/self/fd")), server.settled_count()["fds"]))
+        assert all(last <= second + 2 for second, last in zip(*n_fds, strict=True))
 
 
 def test_any_number_of_threads_one_after_the_other_uses_one_session(server: ServerProcess) -> None:
@@ -386,7 +389,7 @@ model.close()
 @pytest.mark.parametrize("ratio", [0.2, 1.0], ids=["arena", "whole model"])
 def test_recall_that_a_session_measures_is_in_the_servers_status(host: Host, demo_store: Path, ratio: float) -> None:
     server = host.serve(demo_store, cpu_cache_ratio=ratio)
-    client = host.client(MEASURE_RECALL, name="s", prompt=PROMPT, n_tokens=N_TOKENS)
+    client = host.client(MEASURE_RECALL, name="s", prompt=PROMPT, n_tokens=40)
     recall, error, n_samples, hit_rate = client.hear()
     assert 0.9 < recall < 1
     assert 0 < error < 0.05

@@ -50,7 +50,7 @@ from sparseflow.protocol.messages import (
 )
 
 ALL: tuple[type[Any], ...] = get_args(Message)
-quickly = settings(max_examples=50, deadline=None, database=None)
+quickly = settings(max_examples=25, deadline=None, database=None)
 each_message = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
 
 MOST_INT = 2**64 - 1
@@ -259,13 +259,13 @@ def test_request_id_comes_first_where_there_is_one(cls: type[Any]) -> None:
 
 
 @given(content=st.binary(max_size=300))
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None)
 def test_any_bytes_are_a_message_or_refused(content: bytes) -> None:
     assert_message_or_refused(content)
 
 
 @given(parts=st.lists(PLAIN, max_size=12), kind=st.sampled_from([cls.KIND for cls in ALL]))
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=150, deadline=None, database=None)
 def test_any_fields_are_a_message_or_refused(parts: list[Any], kind: int) -> None:
     assert_message_or_refused(msgpack.packb([PROTOCOL_VERSION, kind, *parts]))
 

@@ -163,7 +163,7 @@ def test_server_is_ended_on_leaving_with_all_it_started(bench: Bench, monkeypatc
             assert process.stdout.readline()  # it ignores signals now
 
     monkeypatch.setattr(Bench, "_run", run)
-    monkeypatch.setattr(memory_of_processes, "ENDING_DEADLINE_S", 2)
+    monkeypatch.setattr(memory_of_processes, "ENDING_DEADLINE_S", 0.5)
     with bench._server(Path("store"), "name") as pids:
         assert set(pids) == {process.pid for process in started}
     assert not any(psutil.pid_exists(process.pid) for process in started)

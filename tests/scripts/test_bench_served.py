@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from child_process import run_python
+from child_process import run_forked, start_forked
 
 from sparseflow.engine.counts import ReadTimes
 from sparseflow.orchestration.lookahead import Lookahead
@@ -28,8 +26,11 @@ from memory_child import BenchError  # noqa: E402
 
 DEADLINE_S = 30
 
-# `launch` leaves its server running, and the benchmark ends it by its process id.
-pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fork_server"),
+    # `launch` leaves its server running, and the benchmark ends it by its process id.
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+]
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def a_round(ratio: float, **more: Any) -> dict[str, Any]:
 def test_served_and_in_process_are_compared_at_each_size_of_the_arena(
     scratch: Path, family_store: Callable[..., Path], tmp_path: Path
 ) -> None:
-    output = run_python(
+    output = run_forked(
         BENCH / "served.py", "--store", family_store("base", "float32"), "--cpu-cache-ratio", 1.0, 0.2,
         "--rounds", 1, "--tokens", 4, "--warm-up", 2, "--memory", "1GiB", "--json", tmp_path / "result.json",
     )  # fmt: skip
@@ -139,20 +140,14 @@ def test_server_is_ended_when_a_round_fails(
 def test_server_that_is_not_ready_yet_is_ended_on_a_signal(
     scratch: Path, arguments: argparse.Namespace, how: signal.Signals, tmp_path: Path
 ) -> None:
-    command = [sys.executable, str(BENCH / "served.py"), "--store", str(arguments.store), "--tokens", "100000"]
-    path = os.pathsep.join([str(BENCH.parents[1]), os.environ.get("PYTHONPATH", "")])
-    with (tmp_path / "errors").open("wb") as errors:
-        bench = subprocess.Popen(command, stderr=errors, env=os.environ | {"PYTHONPATH": path})
-        try:
-            deadline = time.monotonic() + DEADLINE_S
-            while not servers_below(scratch) and bench.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert servers_below(scratch), (tmp_path / "errors").read_text()
-            bench.send_signal(how)
-            assert bench.wait(DEADLINE_S) in (1, -signal.SIGINT)
-        finally:
-            bench.kill()
-            bench.wait(DEADLINE_S)
+    words = ("--store", arguments.store, "--tokens", 100_000)
+    with start_forked(BENCH / "served.py", *words, log=tmp_path / "errors") as bench:
+        deadline = time.monotonic() + DEADLINE_S
+        while not servers_below(scratch) and bench.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert servers_below(scratch), (tmp_path / "errors").read_text()
+        bench.send_signal(how)
+        assert bench.wait(DEADLINE_S) in (1, -signal.SIGINT)
 
 
 def test_summary_is_of_medians_and_keeps_the_spread() -> None:

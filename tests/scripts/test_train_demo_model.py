@@ -1,13 +1,12 @@
 """The training script, run as a process: what it leaves behind, what it refuses."""
 
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from child_process import start_forked
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_demo_model.py"
 SIZES = {"layers": 2, "hidden": 16, "ffn": 32, "heads": 2, "positions": 64, "vocab": 300, "sequence": 16, "batch": 2}
@@ -17,10 +16,11 @@ PARAGRAPHS = [f"Paragraph {n}\tspeaks  of {n * n} sheep." for n in range(2000)]
 DEADLINE_S = 60
 
 
-def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+def run_script(log: Path, *arguments: str | Path) -> int:
+    """Its exit code. The log gets its stderr."""
+    with start_forked(SCRIPT, *arguments, log=log) as process:
+        process.read(DEADLINE_S)
+        return process.wait(DEADLINE_S)
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(fork_server: None, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained")
-    result = run_script(text_file, "--out", out, *TINY)
-    assert result.returncode == 0, result.stderr
+    log = text_file.with_name("log")
+    assert run_script(log, text_file, "--out", out, *TINY) == 0, log.read_text()
     return out
 
 
@@ -84,12 +84,13 @@ def test_finished_folder_holds_the_assets_files_and_no_checkpoint(trained: Path)
     }
 
 
-def test_non_empty_out_is_refused_and_left_alone(text_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("keep", encoding="utf-8")
-    result = run_script(text_file, "--out", tmp_path, *TINY)
-    assert result.returncode == 2
-    assert f"--out {tmp_path}: the folder is not empty" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+def test_non_empty_out_is_refused_and_left_alone(fork_server: None, text_file: Path, tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("keep", encoding="utf-8")
+    assert run_script(log, text_file, "--out", out, *TINY) == 2
+    assert f"--out {out}: the folder is not empty" in log.read_text(encoding="utf-8")
+    assert [path.name for path in out.iterdir()] == ["precious"]
 
 
 def test_resumed_training_ends_with_the_same_weights(script: ModuleType, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Builds `stub_driver.c`: a CUDA driver without a GPU, for what must go through libcuda's own calls."""
+"""Builds `cuda/stub_driver.c`: a CUDA driver without a GPU, for what must go through libcuda's own calls."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent / "stub_driver.c"
+SOURCE = Path(__file__).parent / "cuda" / "stub_driver.c"
 
 
 def build(folder: Path) -> Path:
