@@ -46,7 +46,7 @@ class Attachment:
         self.descriptors: dict[str, int] = {}
         try:
             self._connect(timeout_s)
-            send_packet(self.sock, Attach(os.getpid(), model, ALWAYS_EXPECTED | expected))
+            self._ask(Attach(os.getpid(), model, ALWAYS_EXPECTED | expected))
             answer, descriptors = receive_packet(self.sock)
             if isinstance(answer, ErrorReply):
                 raise of_wire_code(answer.code, answer.text)
@@ -79,6 +79,17 @@ class Attachment:
             raise ServerNotRunning(
                 f"no server {self.directory.name!r} runs here ({path}: {error.strerror}); "
                 f"start one: sparseflow-daemon STORE --name {self.directory.name}"
+            ) from error
+
+    def _ask(self, request: Attach) -> None:
+        try:
+            send_packet(self.sock, request)
+        except TimeoutError as error:
+            raise NoAnswer("it takes no request") from error
+        except OSError as error:
+            raise ServerNotRunning(
+                f"server {self.directory.name!r} ended before it was asked for a session ({error.strerror}); "
+                f"start it again: sparseflow-daemon STORE --name {self.directory.name}"
             ) from error
 
     def mapped(self, region: str, *, changes: bool = False) -> SharedMap:

@@ -28,10 +28,11 @@ class DeviceTally:
         self._source = source
         self._n_neurons, self._bundle_nbytes = profile.ffn_dimension, profile.bundle_nbytes
         self._totals = torch.zeros(profile.num_layers, N_TOTALS, dtype=torch.int64, device=device)
-        self._active = torch.zeros(profile.num_layers, dtype=torch.int64, device=device)
+        # Two wide: all addresses are multiples of 16, or the kernel would be compiled twice.
+        self._active = torch.zeros(profile.num_layers, 2, dtype=torch.int64, device=device)[:, :1]
         self._active_at_mark = torch.zeros_like(self._active)
         self._active_collected = [0] * profile.num_layers
-        self.of_layers = list(zip(self._totals, self._active.split(1), strict=True))
+        self.of_layers = list(zip(self._totals, self._active, strict=True))
         """What the device adds to, by layer: `Placement.totals` and `LayerMemory.n_active`."""
         self.stats = RunStats()
         """As collected last."""
@@ -73,7 +74,7 @@ class DeviceTally:
 
     def active_since_mark(self, layer: int) -> int:
         """Active pairs of token and neuron that sparse steps of a layer have computed. Waits for the device."""
-        return int(self._active[layer] - self._active_at_mark[layer])
+        return int(self._active[layer, 0] - self._active_at_mark[layer, 0])
 
     def leave_out(self, fetches: FetchCounts) -> None:
         """These were for no step."""
@@ -86,7 +87,7 @@ class DeviceTally:
             What each layer's `Placement.totals` had grown by.
         """
         totals: list[list[int]] = self._totals.tolist()
-        active: list[int] = self._active.tolist()
+        active: list[int] = self._active[:, 0].tolist()
         n_active = [new - old for new, old in zip(active, self._active_collected, strict=True)]
         self._active_collected = active
         self._totals.zero_()
