@@ -10,7 +10,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is: tests run side by sid
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is: without a GPU its kernels run on the CPU, interpreted
 
-import opt_family
 import pytest
 import stub_library
 from filelock import FileLock
@@ -65,6 +64,8 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
     """(member, dtype) -> its checkpoint, made once. To be read only; copy what you want to change."""
+    import opt_family  # torch and transformers, which are nothing to who only starts the tests
+
     made: dict[tuple[str, str], Path] = {}
 
     def checkpoint(name: str, dtype: str = "float32") -> Path:

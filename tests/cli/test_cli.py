@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child_process import start_forked
 
 import sparseflow
 from sparseflow.cli.main import build_parser, main
@@ -203,16 +204,14 @@ def test_an_unknown_log_level_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, ca
     assert "SPARSEFLOW_LOG=LOUD" in failed(["version"], 2, capsys)
 
 
-def test_a_reader_that_stops_reading_is_no_crash() -> None:
+def test_a_reader_that_stops_reading_is_no_crash(fork_server: None, tmp_path: Path) -> None:
     code = "import sys; from sparseflow.cli.main import main; sys.exit(main(['demo', '--max-new-tokens', '300']))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.read(45)
-    process.stdout.close()
-    assert process.wait(timeout=120) == 1
-    assert b"Traceback" not in process.stderr.read()
-    process.stderr.close()
+    log = tmp_path / "log"
+    with start_forked(code, log=log) as process:
+        assert process.stdout.read(45)
+        process.stdout.close()
+        assert process.wait(120) == 1
+    assert "Traceback" not in log.read_text(encoding="utf-8")
 
 
 def test_defaults_shown_are_those_written_in_the_strategy() -> None:
