@@ -175,7 +175,7 @@ def test_what_foreseeing_costs_is_not_judged_by_the_first_time(
 ) -> None:
     model = opened(demo_model, 0.1, strategy=OffloadStrategy(cpu_cache_ratio=0.2))
     lookahead, source, noted, n_hints = model.coordinator.lookahead, model.source, [], itertools.count()
-    lookahead.mode, lookahead._bundle_read_s = "auto", 1.0  # a slow disk
+    lookahead.mode, lookahead._bundle_read_s = "auto", 0.01  # a slow disk
     note, hint = lookahead.note, source.hint
 
     def noting(scoring_s: float, n_read: int, *hints: int) -> None:
