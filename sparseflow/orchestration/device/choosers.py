@@ -5,6 +5,7 @@ An answer is a mask, (n_tokens, ffn_dim) int8, 1 for a candidate of that token.
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -87,7 +88,7 @@ class ChooserByCodes:
         fine = rows.fine if planes > 1 else rows.fine[:0]
         there, device = CodedRows(*map(move, rows._replace(fine=fine))), move.device
         self._scorer = DeviceScorer(there, margin, failure_probability, threshold, planes)
-        self._make_sums = lambda: TokenSums(TOKENS_AT_ONCE, self._scorer.n_groups, device)
+        self._make_sums = partial(TokenSums, TOKENS_AT_ONCE, self._scorer.n_groups, device)
         self._sums = self._make_sums()  # where it is for good: a graph knows the address
         self._n_fine_rows = torch.zeros(1, dtype=torch.int64, device=device)
         self.pass_nbytes = there.nbytes_read(1, 0)
