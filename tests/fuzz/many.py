@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
-from hypothesis.strategies import SearchStrategy
+from hypothesis.strategies import SearchStrategy, tuples
 
 N_ROUNDS = 50
 N_OF_A_ROUND = 20_000
@@ -46,13 +46,13 @@ def _count(check: Check, n: int, strategies: tuple[SearchStrategy[Any], ...], ro
     """Returns the number of examples that were checked."""
     n_checked = 0
 
-    def counted(*values: Any) -> None:
+    def counted(values: tuple[Any, ...]) -> None:
         nonlocal n_checked
         n_checked += 1
         check(*values)
 
     run = settings(max_examples=n, deadline=None, database=None, suppress_health_check=list(HealthCheck))(
-        given(*strategies)(counted)
+        given(tuples(*strategies))(counted)
     )
     (run if round_ is None else seed(round_)(run))()
     return n_checked
