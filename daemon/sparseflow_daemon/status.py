@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,6 +148,7 @@ def _disk(loaded: list[ServedModel], counts: FetchCounts) -> dict[str, Any]:
             model.name: model.engine.speed.bytes_per_s(model.profile.bundle_nbytes) for model in loaded
         },
         "reasons": [reason for model in loaded for reason in model.engine.reasons],
+        "faults": sum((Counter(model.engine.faults) for model in loaded), Counter()),
     }
 
 

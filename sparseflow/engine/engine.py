@@ -116,8 +116,13 @@ class Engine:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why shards are not read directly, where that was tried."""
+        """Why shards are not read directly, where that was tried; and that reads go wrong on purpose."""
         return self._reading.reasons
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """Reads that went wrong on purpose so far, by point."""
+        return {fault.point: fault.n_done for fault in self._reading.faults}
 
     @property
     def speed(self) -> DiskSpeed:

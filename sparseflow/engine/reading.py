@@ -3,18 +3,22 @@
 A shard that is cut while it is open is an error of the first two; mapped, it kills the process (SIGBUS).
 """
 
+import logging
 import mmap
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from sparseflow.engine import disk_speed
 from sparseflow.engine.disk_speed import MOST_READS, DiskSpeed
+from sparseflow.engine.faulty_reads import VARIABLE, Fault, FaultyQueue, faults_asked_for
 from sparseflow.engine.read_queue import AioQueue, DirectRefused, ReadQueue, ThreadQueue, copy_from, read_vector
 from sparseflow.engine.shard_files import ShardFiles
 from sparseflow.errors import BadRequest
 from sparseflow.store.shard_format import ALIGNMENT_NBYTES
 
+_log = logging.getLogger(__name__)
 IO_MODES = ("auto", "direct", "buffered", "map")
 _N_THREADS = 16  # as many readers as made buffered reads faster
 
@@ -29,7 +33,8 @@ class Reading:
     speed: DiskSpeed
     maps: list[mmap.mmap] = field(default_factory=list)
     reasons: tuple[str, ...] = ()
-    """Why it is not direct, where that was tried."""
+    """Why it is not direct, where that was tried; and that reads go wrong on purpose, where they do."""
+    faults: list[Fault] = field(default_factory=list)
 
     def close(self) -> None:
         """End the queue and close the shards. May be called twice."""
@@ -48,6 +53,16 @@ def open_reading(shards: ShardFiles, io: str, event_fd: int | None = None) -> Re
         BadRequest: no such mode. DiskError: the mode is refused here.
     """
     require_io(io)
+    faults = faults_asked_for()
+    reading = _open(shards, io, event_fd)
+    if faults:  # only now: the speed is the disk's own
+        reading.queue, reading.faults = FaultyQueue(reading.queue, faults), faults
+        reading.reasons += (f"reads go wrong on purpose: {VARIABLE}={os.environ[VARIABLE]}",)
+        _log.warning("%s", reading.reasons[-1])
+    return reading
+
+
+def _open(shards: ShardFiles, io: str, event_fd: int | None) -> Reading:
     reasons: tuple[str, ...] = ()
     if io in ("auto", "direct"):
         try:
