@@ -15,6 +15,7 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +114,8 @@ class FaultyQueue:
         """As `ReadQueue.submit`."""
         with self._lock:
             for read in reads:  # before they begin: they may have ended when `submit` returns
-                pieces = (ctypes.c_uint8 * (int(read["n_iovecs"]) * IOVEC.itemsize)).from_address(int(read["iovecs"]))
+                nbytes = int(read["n_iovecs"]) * IOVEC.itemsize
+                pieces: Any = (ctypes.c_uint8 * nbytes).from_address(int(read["iovecs"]))
                 self._memory[int(read["token"])] = np.frombuffer(pieces, IOVEC)
             return self._queue.submit(reads)
 
