@@ -1,0 +1,43 @@
+"""What goes wrong goes wrong on a host of the test's own, where nothing may be left of it at the end."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "integration"))
+
+from own_host import demo_store, dense_ids, host, pytest_runtest_makereport
+from processes import until
+from served_shards import ServedShards
+
+__all__ = ["demo_store", "dense_ids", "host", "pytest_runtest_makereport"]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> ServedShards:
+    """A store of bundles that say which they are."""
+    return ServedShards(tmp_path / "store")
+
+
+def held() -> dict[str, int]:
+    """What this process has of what a fault could leave behind."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return {
+        "fds": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "shared maps": sum("/memfd:sparseflow" in line for line in maps),
+        "named shared memory": len(os.listdir("/dev/shm")),
+        "children": len(Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(fork_server: None) -> Iterator[None]:
+    """Beside what `host` looks for: servers that are well, leases, processes, runtime directories."""
+    before = held()
+    yield
+    until(lambda: all(now <= before[what] for what, now in held().items()), 5)
