@@ -66,6 +66,7 @@ class ForkedProcess:
         path: Sequence[str],
     ) -> None:
         self.args = program
+        self._exit_code: int | None = None
         fds = [_Inherited(fd) for fd in standard_fds]
         self._process = multiprocessing.get_context("forkserver").Process(
             target=_run, args=(program, [*arguments], fds, dict(environment), [*path]), daemon=True
@@ -77,8 +78,11 @@ class ForkedProcess:
         self.pid = pid
 
     def poll(self) -> int | None:
-        """Its exit code; None while it runs."""
-        return self._process.exitcode
+        """Its exit code; None while it runs. With its end, the descriptors go by which that is seen."""
+        if self._exit_code is None and (code := self._process.exitcode) is not None:
+            self._exit_code = code
+            self._process.close()
+        return self._exit_code
 
     def wait(self, timeout_s: float) -> int:
         """Its exit code, once it has ended.
@@ -86,8 +90,9 @@ class ForkedProcess:
         Raises:
             subprocess.TimeoutExpired: it runs on.
         """
-        self._process.join(timeout_s)
-        code = self._process.exitcode
+        if self._exit_code is None:
+            self._process.join(timeout_s)
+        code = self.poll()
         if code is None:
             raise subprocess.TimeoutExpired(self.args, timeout_s)
         return code

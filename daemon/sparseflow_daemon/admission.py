@@ -47,14 +47,22 @@ def greet(sock: socket.socket) -> Greeting:
         NotPermitted: the peer is another user's, or its process cannot be seen from here.
     """
     pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if uid not in (os.getuid(), 0):
-        raise NotPermitted(f"user {uid} may not attach to a server of user {os.getuid()}; start one of your own")
+    require_own(uid)
     if pid == 0:
         raise NotPermitted(
             "your process cannot be seen from the server's pid namespace, so its end would not be noticed; "
             "run both in one container, or share the namespace"
         )
     return Greeting(sock, pid)
+
+
+def require_own(uid: int) -> None:
+    """
+    Raises:
+        NotPermitted: a peer is another user's.
+    """
+    if uid not in (os.getuid(), 0):
+        raise NotPermitted(f"user {uid} may not talk to a server of user {os.getuid()}; start one of your own")
 
 
 def model_for(attach: Attach, models: dict[str, ServedModel]) -> ServedModel:
@@ -94,7 +102,12 @@ def open_session(greeting: Greeting, model: ServedModel, n_open: int, limit: int
             f"{model.name}: {n_open} sessions are open, {limit} have a share of the arena; close one, or start the "
             "server with a larger --max-sessions"
         )
-    session = Session(secrets.token_bytes(16), greeting.pid, greeting.sock, _pidfd(greeting), model)
+    pidfd = _pidfd(greeting)
+    try:
+        session = Session(secrets.token_bytes(16), greeting.pid, greeting.sock, pidfd, model)
+    except BaseException:
+        os.close(pidfd)
+        raise
     engine, times = model.engine, model.engine.read_times
     welcome = Welcome(
         epoch=epoch,
@@ -134,5 +147,6 @@ def _pidfd(greeting: Greeting) -> int:
         return os.pidfd_open(greeting.pid)
     except OSError as error:
         raise BadRequest(
-            f"process {greeting.pid} cannot be watched ({error.strerror}); Linux 5.3 or later is needed"
+            f"process {greeting.pid} cannot be watched ({error.strerror}); that takes Linux 5.3 or later, and a file "
+            "descriptor of the server"
         ) from error

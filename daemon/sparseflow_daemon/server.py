@@ -3,6 +3,7 @@
 Loading models is left to a thread, so that status is answered from the first moment on.
 """
 
+import errno
 import gc
 import logging
 import os
@@ -31,7 +32,7 @@ from sparseflow.protocol.messages import (
 from sparseflow.protocol.packets import receive_packet, send_packet
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow_daemon import status
-from sparseflow_daemon.admission import Greeting, greet, model_for, open_session
+from sparseflow_daemon.admission import Greeting, greet, model_for, open_session, require_own
 from sparseflow_daemon.config import ServerConfig
 from sparseflow_daemon.gpu.children import GpuChildren
 from sparseflow_daemon.gpu.lending import Lending
@@ -47,6 +48,7 @@ _TICK_S = 1.0
 _WAITING_TICK_S = 0.05  # while some request waits for something that has a deadline
 _MOST_AT_ONCE = 64  # messages between two looks at everything else
 _BACKLOG = 64
+_MOST_UNREAD = 4  # packets that whoever is refused may have sent
 _LOADER_TIMEOUT_S = 1.0
 
 
@@ -82,6 +84,9 @@ class Server:
         for option, value in ((zmq.LINGER, 0), (zmq.ROUTER_MANDATORY, 1), (zmq.MAXMSGSIZE, MOST_NBYTES)):
             self._router.setsockopt(option, value)
         self._router.bind(directory.ctl_endpoint)
+        for path in (directory.attach_socket, directory.ctl_socket):
+            path.chmod(0o600)
+        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._loaded_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self.loop.watch(self._loaded_fd, self._on_loaded)
         self.loop.watch(self._listener.fileno(), self._accept)
@@ -138,6 +143,9 @@ class Server:
         for greeting in list(self._greetings):
             self._dismiss(greeting)
         self._listener.close()
+        if self._spare_fd >= 0:
+            os.close(self._spare_fd)
+            self._spare_fd = -1
         self._context.destroy(linger=0)
         self.children.close()
         self.loop.close()
@@ -173,17 +181,18 @@ class Server:
         """
         for _ in range(_MOST_AT_ONCE):
             try:
-                peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                peer, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             try:
-                answer = self._answer(frames)
+                require_own(_user_of(peer))
+                answer = self._answer([frame.bytes for frame in frames])
             except Undecodable as error:
                 answer = self._error(error.request_id, error)
             except SparseFlowError as error:
                 answer = self._error(0, error)
             with suppress(zmq.ZMQError):  # it is gone, or reads nothing
-                self._router.send_multipart([peer, encode(answer)], zmq.NOBLOCK)
+                self._router.send_multipart([peer.bytes, encode(answer)], zmq.NOBLOCK)
         self.loop.call_again(self._router.fileno())
 
     def _answer(self, frames: list[bytes]) -> Message:
@@ -263,7 +272,10 @@ class Server:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
-            _log.warning("a connection could not be taken: %s", error)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away_for_want_of_descriptors()
+            else:
+                _log.warning("a connection could not be taken: %s", error)
             return
         sock.setblocking(False)
         try:
@@ -273,6 +285,20 @@ class Server:
             return
         self._greetings.add(greeting)
         self.loop.watch(sock.fileno(), lambda: self._on_greeting(greeting))
+
+    def _turn_away_for_want_of_descriptors(self) -> None:
+        """A connection that is not taken would call the loop again and again; so the spare descriptor takes it."""
+        os.close(self._spare_fd)
+        with suppress(OSError):
+            sock, _ = self._listener.accept()
+            self._refuse(
+                sock,
+                ServerError(
+                    f"server {self.directory.name!r} (pid {os.getpid()}) has as many files open as it may; close "
+                    "sessions, or start it after a larger `ulimit -n`"
+                ),
+            )
+        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _on_greeting(self, greeting: Greeting) -> None:
         try:
@@ -382,6 +408,10 @@ class Server:
     def _refuse(self, sock: socket.socket, error: SparseFlowError) -> None:
         with suppress(OSError, SparseFlowError):
             send_packet(sock, self._error(0, error))
+        with suppress(OSError):  # what is closed with something unread takes the reply back
+            sock.setblocking(False)
+            for _ in range(_MOST_UNREAD):
+                sock.recv(1)
         sock.close()
 
     def _dismiss(self, greeting: Greeting) -> None:
@@ -393,3 +423,8 @@ class Server:
 def _close(descriptors: list[int]) -> None:
     for fd in descriptors:
         os.close(fd)
+
+
+def _user_of(frame: zmq.Frame) -> int:
+    """Whose process sent it, as the kernel says: libzmq gives `localhost:UID:GID:PID` for the address."""
+    return int(str(frame.get("Peer-Address")).split(":")[-3])

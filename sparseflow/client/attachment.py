@@ -10,8 +10,17 @@ from typing import Any
 from sparseflow.client.shared_map import SharedMap
 from sparseflow.core.tensor_views import view_bundles
 from sparseflow.engine.mapping import Mapping
-from sparseflow.errors import NoAnswer, ProtocolMismatch, ServerError, ServerNotRunning, of_wire_code
-from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Attach, Detach, Detached, ErrorReply, Welcome
+from sparseflow.errors import NoAnswer, ProtocolMismatch, ServerError, ServerNotRunning, SparseFlowError, of_wire_code
+from sparseflow.protocol.messages import (
+    LAYOUT_VERSION,
+    PROTOCOL_VERSION,
+    Attach,
+    Detach,
+    Detached,
+    ErrorReply,
+    Message,
+    Welcome,
+)
 from sparseflow.protocol.packets import receive_packet, send_packet
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow.protocol.session_counters import SessionCounters
@@ -48,8 +57,7 @@ class Attachment:
             self._connect(timeout_s)
             self._ask(Attach(os.getpid(), model, ALWAYS_EXPECTED | expected))
             answer, descriptors = receive_packet(self.sock)
-            if isinstance(answer, ErrorReply):
-                raise of_wire_code(answer.code, answer.text)
+            _require_no_refusal(answer)
             if not isinstance(answer, Welcome) or len(descriptors) != len(answer.regions):
                 raise ProtocolMismatch(f"server {name!r} answered with {type(answer).__name__}; is it of our version?")
             self.welcome = answer
@@ -87,10 +95,18 @@ class Attachment:
         except TimeoutError as error:
             raise NoAnswer("it takes no request") from error
         except OSError as error:
+            _require_no_refusal(self._last_words())
             raise ServerNotRunning(
                 f"server {self.directory.name!r} ended before it was asked for a session ({error.strerror}); "
                 f"start it again: sparseflow-daemon STORE --name {self.directory.name}"
             ) from error
+
+    def _last_words(self) -> Message | None:
+        """Why the server has closed the connection, where it says so."""
+        try:
+            return receive_packet(self.sock)[0]
+        except SparseFlowError:
+            return None
 
     def mapped(self, region: str, *, changes: bool = False) -> SharedMap:
         """Memory that was handed over. changes: the server goes on writing to it."""
@@ -155,3 +171,12 @@ class Attachment:
     def __del__(self) -> None:
         if hasattr(self, "sock"):
             self.sock.close()
+
+
+def _require_no_refusal(answer: Message | None) -> None:
+    """
+    Raises:
+        SparseFlowError: what the server says.
+    """
+    if isinstance(answer, ErrorReply):
+        raise of_wire_code(answer.code, answer.text)

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "integration"))
 
 from own_host import demo_store, dense_ids, host, pytest_runtest_makereport
-from processes import until
 from served_shards import ServedShards
 
 __all__ = ["demo_store", "dense_ids", "host", "pytest_runtest_makereport"]
@@ -28,7 +28,7 @@ def held() -> dict[str, int]:
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     return {
         "fds": len(os.listdir("/proc/self/fd")),
-        "threads": threading.active_count(),
+        "threads": sum("tqdm" not in thread.name for thread in threading.enumerate()),
         "shared maps": sum("/memfd:sparseflow" in line for line in maps),
         "named shared memory": len(os.listdir("/dev/shm")),
         "children": len(Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()),
@@ -40,4 +40,7 @@ def nothing_is_left(fork_server: None) -> Iterator[None]:
     """Beside what `host` looks for: servers that are well, leases, processes, runtime directories."""
     before = held()
     yield
-    until(lambda: all(now <= before[what] for what, now in held().items()), 5)
+    deadline = time.monotonic() + 5
+    while (left := {what: now for what, now in held().items() if now > before[what]}) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left, f"{left} now, {before} before"
