@@ -1,5 +1,6 @@
 """What goes wrong goes wrong on a host of the test's own, where nothing may be left of it at the end."""
 
+import gc
 import os
 import sys
 import threading
@@ -25,6 +26,7 @@ def shards(tmp_path: Path) -> ServedShards:
 
 def held() -> dict[str, int]:
     """What this process has of what a fault could leave behind."""
+    gc.collect()  # errors that were caught hold what they came through
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     return {
         "fds": len(os.listdir("/proc/self/fd")),

@@ -4,11 +4,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import psutil
 import zmq
 from processes import ServerProcess
 from raw_peers import Connection, RawLine, RawSession, ask_ctl, attach, nested, packed
+from still_serving import neurons, refused
 
 from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.messages import (
@@ -104,11 +104,6 @@ NOT_QUESTIONS: Mapping[str, Sequence[bytes]] = {
 }
 
 
-def neurons(*ids: int) -> bytes:
-    """As they travel."""
-    return np.array(ids, "<u4").tobytes()
-
-
 NOT_NEURONS: Mapping[str, Mapping[str, Any]] = {
     "a layer that is none": {"layer": 3},
     "a layer far away": {"layer": 2**64 - 1},
@@ -118,16 +113,6 @@ NOT_NEURONS: Mapping[str, Mapping[str, Any]] = {
     "a neuron twice": {"ids": neurons(3, 3)},
     "half a neuron": {"ids": b"\x01\x00"},
 }
-
-
-def refused(peer: Connection, *codes: str, request_id: int = 0) -> ErrorReply:
-    """The next reply, which is an error."""
-    refusal = peer.receive()
-    assert isinstance(refusal, ErrorReply), refusal
-    assert refusal.code in codes, refusal
-    assert refusal.request_id == request_id
-    assert refusal.text
-    return refusal
 
 
 # --- the three ways in: each takes all of its junk, then much of it, and says what else it was asked for

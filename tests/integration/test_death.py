@@ -100,17 +100,6 @@ def test_leases_of_a_killed_client_come_back_and_others_write_on(
     assert status["arena"]["leased"] == 0
 
 
-def test_a_stopped_client_that_holds_leases_stops_nobody(host: Host, shards: ServedShards) -> None:
-    server = serve_shares_of(host, shards, 20)
-    stopped = host.client(HOLD, name="s", n_ids=10)
-    assert stopped.hear() == "leased"
-    stopped.signal(signal.SIGSTOP)
-    work_for(host, 0.5)
-    session = server.session(stopped.pid)
-    assert session is not None
-    assert (session["state"], session["leased_slots"]) == ("open", 20)
-
-
 def test_leases_of_a_broken_connection_come_back_when_its_process_ends(host: Host, shards: ServedShards) -> None:
     server = serve_shares_of(host, shards, 20)
     client = host.client(HANG_UP, name="s", n_ids=10)
@@ -186,51 +175,11 @@ client.close()
     client.finish()
 
 
-def test_generating_ends_with_a_named_error_when_the_server_is_gone(host: Host, demo_store: Path) -> None:
-    server = host.serve(demo_store, cpu_cache_ratio=0.2)
-    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=400, reconnect_timeout_s=1.0)
-    assert client.hear() == "open"
-    client.say()
-    assert client.hear() == "10 tokens"
-    server.kill()
-    begin = time.monotonic()
-    error, text = client.hear()
-    assert time.monotonic() - begin < 10
-    assert error == "ServerNotRunning"
-    assert "none took its place within 1 s" in text
-    client.say()
-    client.finish()
-
-
 def go_on(client: ClientProcess, ratio: float) -> None:
     """Where all weights are there, nothing waits for the next server: it is looked for once a second."""
     if ratio == 1:
         time.sleep(1.1)
     client.say()
-
-
-@pytest.mark.parametrize("ratio", [0.2, 1.0], ids=["arena", "whole model"])
-def test_generating_goes_on_with_the_next_server_as_if_nothing_had_been(
-    host: Host, demo_store: Path, dense_ids: DenseIds, ratio: float
-) -> None:
-    first = host.serve(demo_store, cpu_cache_ratio=ratio)
-    client = host.client(GENERATE, name="s", prompt=PROMPT, n_tokens=N_TOKENS, stop_at=30)
-    assert client.hear() == "open"
-    client.say()
-    assert client.hear() == "10 tokens"
-    first.kill()
-    second = host.serve(demo_store, cpu_cache_ratio=ratio)
-    assert client.hear() == "30 tokens"  # of the second server, or of weights that are all there
-    go_on(client, ratio)
-    session = until(lambda: second.session(client.pid))
-    assert session["state"] == "open"
-    assert client.hear() == dense_ids(PROMPT, N_TOKENS)
-    session = second.session(client.pid)
-    assert session is not None
-    assert session["tokens"] == N_TOKENS - 1  # the first comes from the prompt
-    assert session["leases"] == 0
-    client.say()
-    client.finish()
 
 
 @pytest.mark.parametrize(

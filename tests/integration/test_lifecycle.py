@@ -17,9 +17,8 @@ from processes import Host, ServerProcess, until
 from served_shards import ServedShards
 
 from sparseflow.client.weight_client import WeightClient
-from sparseflow.errors import DiskError, Draining, NoAnswer, ServerError, ServerNotRunning, ShardCorrupt
-from sparseflow.protocol.inquiry import ask_status
-from sparseflow.protocol.run_directory import RunDirectory, server_names
+from sparseflow.errors import DiskError, NoAnswer, ServerError, ServerNotRunning, ShardCorrupt
+from sparseflow.protocol.run_directory import server_names
 from sparseflow.store.manifest import DENSE_NAME, MANIFEST_NAME, predictor_name
 
 IDS = np.arange(5, dtype=np.uint32)
@@ -48,51 +47,10 @@ def serve(host: Host, shards: ServedShards) -> Callable[..., ServerProcess]:
 # --- the beginning
 
 
-def test_of_many_servers_begun_at_once_under_one_name_one_wins(host: Host, shards: ServedShards) -> None:
-    servers = [host.begin(shards.folder) for _ in range(5)]
-    losers = until(lambda: n_ended(servers) == 4 and [server for server in servers if server.exit_code is not None])
-    (winner,) = set(servers) - set(losers)
-    before = winner.wait_for("ready")
-    for loser in losers:
-        assert loser.exit_code == EXIT_FAILED
-        (line,) = loser.log().splitlines()
-        assert line == (
-            f"sparseflow-daemon: error: server 's' is already running (pid {winner.pid}); choose another --name, "
-            "or end it first"
-        )
-    with WeightClient("s") as client:
-        assert client.attachment.welcome.epoch == before["epoch"]
-    late = host.begin(shards.folder)
-    assert late.wait() == EXIT_FAILED
-    assert winner.status()["epoch"] == before["epoch"]
-
-
-def n_ended(servers: list[ServerProcess]) -> int:
-    return sum(server.exit_code is not None for server in servers)
-
-
 def test_servers_of_other_names_are_others(host: Host, shards: ServedShards) -> None:
     epochs = {host.serve(shards.folder, name=name).status()["epoch"] for name in ("a", "b")}
     assert len(epochs) == 2
     assert server_names() == ["a", "b"]
-
-
-def test_what_a_killed_server_leaves_is_told_from_a_living_one_and_cleared_by_the_next(
-    host: Host, shards: ServedShards
-) -> None:
-    first = host.serve(shards.folder)
-    first.kill()
-    directory = RunDirectory.of("s")
-    assert directory.owner() == first.pid
-    assert not directory.is_alive()
-    with pytest.raises(ServerNotRunning, match="no server 's' runs here"):
-        ask_status("s")
-    with pytest.raises(ServerNotRunning, match="no server 's' runs here"):
-        WeightClient("s")
-    second = host.serve(shards.folder)
-    assert directory.owner() == second.pid
-    with WeightClient("s") as client, client.fetch(0, IDS) as fetch:
-        fetch.wait(10)
 
 
 def test_status_is_answered_within_a_second_of_the_start(host: Host, demo_store: Path) -> None:
@@ -186,27 +144,6 @@ def test_the_server_never_loads_torch(host: Host, shards: ServedShards, serve: C
 # --- the end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_ending_waits_for_leases_and_lets_nobody_in(
-    serve: Callable[..., ServerProcess], number: signal.Signals
-) -> None:
-    server = serve(drain_timeout=30)
-    with WeightClient("s") as client:
-        fetch = client.fetch(LAST_LAYER, IDS)
-        held = fetch.wait(10)
-        server.signal(number)
-        status = server.wait_for("draining")
-        assert status["sessions"][0]["leases"] == 1
-        with pytest.raises(Draining, match="attach to its successor"):
-            WeightClient("s")
-        time.sleep(0.3)
-        assert server.exit_code is None
-        fetch.release()
-        assert server.wait(5) == EXIT_OK
-        assert not server.directory.exists()
-        assert held.base[0].shape == (2, 128)  # memory that is mapped stays
-
-
 def test_ending_waits_for_leases_no_longer_than_it_was_told(serve: Callable[..., ServerProcess]) -> None:
     server = serve(drain_timeout=0.5)
     with WeightClient("s") as client, client.fetch(0, IDS) as fetch:
@@ -241,17 +178,6 @@ def test_a_client_goes_from_a_server_that_ends_to_the_next(host: Host, serve: Ca
 
 
 SOAK = (Path(__file__).parent / "soak_client.py").read_text(encoding="utf-8")
-
-
-def test_a_second_signal_ends_at_once(serve: Callable[..., ServerProcess]) -> None:
-    server = serve(drain_timeout=30)
-    with WeightClient("s") as client, client.fetch(0, IDS) as fetch:
-        fetch.wait(10)
-        server.signal(signal.SIGTERM)
-        server.wait_for("draining")
-        server.signal(signal.SIGTERM)
-        assert server.wait(10) == EXIT_FORCED
-        assert not server.directory.exists()
 
 
 # --- what it says
