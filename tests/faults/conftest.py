@@ -32,7 +32,7 @@ def held() -> dict[str, int]:
         "fds": len(os.listdir("/proc/self/fd")),
         "threads": sum("tqdm" not in thread.name for thread in threading.enumerate()),
         "shared maps": sum("/memfd:sparseflow" in line for line in maps),
-        "named shared memory": len(os.listdir("/dev/shm")),
+        "named shared memory": sum("sparseflow" in name for name in os.listdir("/dev/shm")),  # others have theirs
         "children": len(Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()),
     }
 

@@ -17,7 +17,7 @@ from processes import Host, ServerProcess, until
 from served_shards import ServedShards
 
 from sparseflow.client.weight_client import WeightClient
-from sparseflow.errors import DiskError, NoAnswer, ServerError, ServerNotRunning, ShardCorrupt
+from sparseflow.errors import DiskError, NoAnswer, ServerError, ServerNotRunning
 from sparseflow.protocol.run_directory import server_names
 from sparseflow.store.manifest import DENSE_NAME, MANIFEST_NAME, predictor_name
 
@@ -244,13 +244,6 @@ def test_a_store_that_does_not_exist_is_named(host: Host, tmp_path: Path) -> Non
     assert not any("Traceback" in line for line in lines)
 
 
-def test_too_little_memory_is_refused_with_both_sizes(host: Host, shards: ServedShards) -> None:
-    code, (line,) = ended(host, shards.folder, memory="1KiB")
-    assert code == EXIT_FAILED
-    for part in ("must be resident", "allowed are", "allow more"):
-        assert part in line
-
-
 @pytest.mark.parametrize(
     ("option", "value", "remedy"),
     [
@@ -299,43 +292,6 @@ def test_a_corrupt_file_is_named_and_the_server_says_so(host: Host, shards: Serv
 def test_a_missing_file_is_named_and_the_server_says_so(host: Host, shards: ServedShards) -> None:
     (shards.folder / predictor_name(1)).unlink()
     assert_degraded(host.begin(shards.folder), predictor_name(1))
-
-
-def test_a_corrupt_bundle_of_a_whole_model_is_named(host: Host, shards: ServedShards) -> None:
-    shards.flip(1, 7)
-    assert_degraded(host.begin(shards.folder), "layer-001", "neuron 7")
-
-
-def test_a_corrupt_bundle_of_an_arena_is_refused_and_others_are_served(
-    serve: Callable[..., ServerProcess], shards: ServedShards
-) -> None:
-    shards.flip(1, 7)
-    server = serve()
-    with WeightClient("s") as client:
-        with pytest.raises(ShardCorrupt, match=r"layer-001.*neuron 7"), client.fetch(1, IDS + 4) as fetch:
-            fetch.wait(10)
-        with client.fetch(1, IDS) as fetch:
-            fetch.wait(10)
-        status = server.status()
-        assert status["state"] == "degraded"
-        assert "layer-001" in status["reasons"][0]
-        assert "layer-001" in status["sessions"][0]["last_error"]
-        shards.flip(1, 7)
-        with client.fetch(1, IDS + 4) as fetch:
-            fetch.wait(10)
-    assert server.end() == EXIT_OK
-
-
-def test_one_model_that_fails_leaves_the_others(
-    host: Host, shards: ServedShards, family_store: Callable[[str], Path]
-) -> None:
-    shards.flip(1, 7)
-    server = host.begin(shards.folder, family_store("base"))
-    status = server.wait_for("degraded")
-    assert [model["state"] for model in status["models"]] == ["failed", "ready"]
-    with WeightClient("s", "base") as client:
-        assert client.fetch_limit == 256
-    assert server.end() == EXIT_OK
 
 
 def test_a_manifest_that_is_none_is_refused(host: Host, shards: ServedShards) -> None:

@@ -14,7 +14,7 @@ from processes import DEADLINE_S, ClientProcess, Host
 from served_shards import ServedShards
 
 N_THREADS = 2
-SOAK = (Path(__file__).parent / "soak_client.py").read_text(encoding="utf-8")
+SOAK = (Path(__file__).parents[1] / "integration" / "soak_client.py").read_text(encoding="utf-8")
 
 
 def soak(host: Host, folder: Path, seconds: float, *, n_clients: int, kill_every_s: float, bundle_nbytes: int) -> None:
@@ -59,11 +59,11 @@ def soak(host: Host, folder: Path, seconds: float, *, n_clients: int, kill_every
 
 
 @pytest.mark.parametrize("bundle_nbytes", [512, 96], ids=["aligned", "misaligned"])
-def test_every_byte_is_right_while_clients_are_killed(host: Host, tmp_path: Path, bundle_nbytes: int) -> None:
+def test_29_every_byte_is_right_while_clients_are_killed(host: Host, tmp_path: Path, bundle_nbytes: int) -> None:
     soak(host, tmp_path, 2.5, n_clients=3, kill_every_s=1, bundle_nbytes=bundle_nbytes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bundle_nbytes", [4096, 512, 96])
-def test_every_byte_is_right_for_minutes(host: Host, tmp_path: Path, bundle_nbytes: int) -> None:
+def test_29_every_byte_is_right_for_minutes(host: Host, tmp_path: Path, bundle_nbytes: int) -> None:
     soak(host, tmp_path, 60, n_clients=6, kill_every_s=3, bundle_nbytes=bundle_nbytes)

@@ -15,6 +15,7 @@ from transformers import OPTConfig
 
 pytestmark = pytest.mark.usefixtures("fork_server")
 
+N_KILLS = 20
 SCRIPT = Path(__file__).with_name("kill_conversions.py")
 LARGE_ENOUGH_TO_HIT = {  # half a second or more to convert
     "hidden_size": 512,
@@ -45,24 +46,19 @@ def rounds(checkpoint: Path, work: Path, *arguments: object, timeout_s: float) -
     return records
 
 
-def check_kills_at_random_moments(checkpoint: Path, work: Path, n_kills: int) -> None:
+def test_11_twenty_conversions_killed_at_random_moments_leave_no_half_store(
+    large_checkpoint: Path, tmp_path: Path
+) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    records = rounds(checkpoint, work, "moments", n_kills, seed, timeout_s=60 + 30 * n_kills)
-    assert sum(record["killed"] for record in records) == n_kills, "too few hit: the checkpoint is too small"
+    records = rounds(large_checkpoint, tmp_path / "work", "moments", N_KILLS, seed, timeout_s=60 + 30 * N_KILLS)
+    assert sum(record["killed"] for record in records) == N_KILLS, "too few hit: the checkpoint is too small"
     assert [record for record in records if record["violations"]] == []
 
 
-def test_killed_at_random_moments(large_checkpoint: Path, tmp_path: Path) -> None:
-    check_kills_at_random_moments(large_checkpoint, tmp_path / "work", n_kills=4)
-
-
-@pytest.mark.slow
-def test_killed_at_many_random_moments(large_checkpoint: Path, tmp_path: Path) -> None:
-    check_kills_at_random_moments(large_checkpoint, tmp_path / "work", n_kills=20)
-
-
-def test_killed_before_each_change_to_the_disk(family_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_11_conversion_killed_before_each_change_to_disk(
+    family_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     checkpoint = Path(shutil.copytree(family_checkpoint("base"), tmp_path / "checkpoint"))
     (checkpoint / "tokenizer.json").write_text("{}")
     records = rounds(checkpoint, tmp_path / "work", "steps", timeout_s=120)
