@@ -6,6 +6,7 @@ import os
 import threading
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ class ServedModel:
         self._is_stopped = threading.Event()
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a client's expectations are compared with."""
+        """What a client's expectations are compared with. Made once: fingerprints of a large store take a while."""
         return {
             "protocol": PROTOCOL_VERSION,
             "layout": LAYOUT_VERSION,
