@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    directory = RunDirectory.of(arguments.name)  # a wrong name is told before a checkpoint is converted
     config = ServerConfig(
         stores=tuple(_store(name) for name in arguments.stores),
         name=arguments.name,
@@ -96,7 +97,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         gpu_timeout_s=arguments.gpu_timeout,
         share_dense_gpu=arguments.share_dense_gpu,
     )
-    claim = Claim(RunDirectory.of(config.name))
+    claim = Claim(directory)
     try:
         server = Server(config, claim.directory, open_models(config))
         try:

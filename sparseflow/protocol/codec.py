@@ -29,7 +29,8 @@ class Undecodable(BadRequest):
 def encode(message: Message) -> bytes:
     """One message."""
     values = [getattr(message, name) for name in _NAMES[type(message)]]
-    packed: bytes = msgpack.packb([PROTOCOL_VERSION, message.KIND, *values])
+    # Names of files need not be UTF-8: what Python has in place of their bytes is written out.
+    packed: bytes = msgpack.packb([PROTOCOL_VERSION, message.KIND, *values], unicode_errors="backslashreplace")
     return packed
 
 

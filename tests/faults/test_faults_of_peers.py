@@ -63,7 +63,8 @@ def line(session: RawSession) -> Iterator[RawLine]:
 def no_garbage(nothing_is_left: None) -> Iterator[None]:
     """Of errors that were looked at: their tracebacks keep clients, and what those have mapped."""
     yield
-    gc.collect()
+    if "/memfd:sparseflow" in Path("/proc/self/maps").read_text(encoding="utf-8"):
+        gc.collect()
 
 
 # --- 15: what is no message, or not one for this place
@@ -145,7 +146,6 @@ def asked():
     reply = ask_ctl([encode(StatusRequest(1))], timeout_s=given["patience_s"])
     return [getattr(reply, "code", type(reply).__name__), getattr(reply, "text", "")]
 
-question = encode(StatusRequest(1))
 os.setgroups([])
 os.setresgid(given["uid"], given["uid"], given["uid"])
 os.setresuid(given["uid"], given["uid"], given["uid"])

@@ -1,6 +1,7 @@
 """Pickles, and whatever else could run what it reads: in no source of ours, and by none of the ways in."""
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,13 @@ def test_17_nothing_of_ours_runs_what_it_reads(folder: str) -> None:
     assert {path: ways for path, ways in found.items() if ways} == {}
 
 
+def test_17_torch_files_are_read_only_where_people_bring_them() -> None:
+    """Checkpoints, and predictors made elsewhere."""
+    sources = [path for folder in ("sparseflow", "daemon") for path in (ROOT / folder).rglob("*.py")]
+    readers = {path.name for path in sources if "torch.load" in path.read_text(encoding="utf-8")}
+    assert readers == {"checkpoint.py", "calibrated_predictor.py"}
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -43,6 +51,12 @@ def test_17_each_way_to_run_what_is_read_is_seen(source: str) -> None:
 
 def test_17_what_only_looks_like_it_is_not() -> None:
     assert list(executes("m.eval(); re.compile('x'); torch.load(p, weights_only=True); f(shell=False)")) == []
+
+
+def test_17_the_canary_shows_a_reader_that_runs_what_it_reads(tmp_path: Path) -> None:
+    canary = Canary(tmp_path / "executed")
+    pickle.loads(canary.payload).close()
+    assert canary.path.exists()
 
 
 def test_17_a_pickle_for_a_server_is_never_run(host: Host, shards: ServedShards, tmp_path: Path) -> None:

@@ -1,30 +1,22 @@
 """Bundles that the server's GPU child pushes, over a stub of CUDA's driver: their bytes, refusals, and every death."""
 
-import ctypes
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from numpy.typing import NDArray
-from processes import Host, ServerProcess, until
+from processes import Host, until
+from pushed_bundles import N_PLACES, N_SLOTS, TIMEOUT_S, child_of, pushed_to, serve, stub_driver
 from served_shards import ServedShards
-from shards import some_ids
 
-from sparseflow.client.weight_client import WeightClient
 from sparseflow.cuda.driver import CudaDriver
-from sparseflow.cuda.library import Library
 from sparseflow.errors import BadRequest, ServerError, ShardCorrupt
 
-N_PLACES = 40
-N_SLOTS = 120  # thirty for a session
-TIMEOUT_S = 30.0
 PATIENCE_S = 1.0  # of a server whose child is to hang
 RETURN_DEADLINE_S = 10.0
 
@@ -36,78 +28,8 @@ def shards(tmp_path: Path) -> ServedShards:
 
 @pytest.fixture
 def driver(stub: Path) -> Iterator[CudaDriver]:
-    """This process's; at the end nothing is left in it."""
-    library = Library(str(stub))
-    with CudaDriver(0, library) as made:
+    with stub_driver(stub) as made:
         yield made
-    assert ctypes.CDLL(str(stub)).stub_n_taken() == 0
-
-
-class Pushed:
-    """A client with a slab, and what its places must hold."""
-
-    def __init__(self, shards: ServedShards, driver: CudaDriver, name: str = "s") -> None:
-        self.shards, self.driver = shards, driver
-        self.client = WeightClient(name, reconnect_timeout_s=TIMEOUT_S)
-        self._before, nbytes = 1024, N_PLACES * shards.bundle_nbytes  # it lies inside of its allocation
-        self.allocation = driver.mem_alloc(self._before + nbytes + 512)
-        whole = (ctypes.c_ubyte * (self._before + nbytes + 512)).from_address(self.allocation)
-        self.memory = np.frombuffer(whole, np.uint8)
-        self.memory[:] = 0xEE
-        self.expected = self.memory.copy()
-        self.address, self.nbytes = self.allocation + self._before, nbytes
-
-    def open(self) -> None:
-        self.client.open_push(self.address, self.nbytes, driver=self.driver)
-
-    def push(self, layer: int, ids: NDArray[np.uint32], places: NDArray[np.uint32]) -> None:
-        self.client.push(layer, ids, places).wait(TIMEOUT_S)
-        content = self.shards.content(layer, ids)
-        for place, bundle in zip(places.tolist(), content, strict=True):
-            first = self._before + place * self.shards.bundle_nbytes
-            self.expected[first : first + self.shards.bundle_nbytes] = bundle
-
-    def push_some(self, rng: np.random.Generator, n: int = 25) -> None:
-        layer = int(rng.integers(self.shards.n_layers))
-        n = int(rng.integers(1, n + 1))
-        places = rng.permutation(N_PLACES)[:n].astype(np.uint32)
-        self.push(layer, some_ids(rng, self.shards.ffn_dim, n), places)
-        self.check()
-
-    def check(self) -> None:
-        assert np.array_equal(self.memory, self.expected)
-
-    def fetch_some(self) -> None:
-        """That everything else goes on."""
-        ids = np.arange(5, dtype=np.uint32)
-        with self.client.fetch(2, ids) as fetch:
-            found = fetch.wait(TIMEOUT_S)
-            bundles = found.base.view(len(found.base), -1).numpy().view(np.uint8)[found.slots]
-            assert np.array_equal(bundles, self.shards.content(2, ids))
-
-    def close(self) -> None:
-        self.client.close()
-        self.driver.mem_free(self.allocation)
-
-
-@contextmanager
-def pushed_to(shards: ServedShards, driver: CudaDriver, *, is_open: bool = True) -> Iterator[Pushed]:
-    made = Pushed(shards, driver)
-    try:
-        if is_open:
-            made.open()
-        yield made
-    finally:
-        made.close()
-
-
-def serve(host: Host, shards: ServedShards, **options: Any) -> ServerProcess:
-    return host.serve(shards.folder, **{"cpu_cache_ratio": shards.ratio(N_SLOTS), "max_sessions": 3} | options)
-
-
-def child_of(server: ServerProcess) -> dict[str, Any]:
-    (child,) = server.status()["gpu_children"]
-    return child
 
 
 @pytest.fixture
@@ -185,101 +107,6 @@ def test_a_hundred_slabs_leave_nothing_behind(
 
 
 # --- what is refused, and goes on
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"handle": bytes(64)}, "slab: its handle cannot be opened"),
-        ({"handle": b"x" * 63}, "handle is 63 bytes"),
-        ({"offset": 1 << 40}, "its allocation ends at"),
-        ({"nbytes": 1 << 40}, "its allocation ends at"),
-        ({"nbytes": 511}, "export whole ones"),
-        ({"nbytes": -1}, "nbytes=-1"),
-        ({"more": 1}, "nothing else"),
-    ],
-    ids=str,
-)
-def test_wrong_ticket_is_an_error_and_a_right_one_opens_after_it(
-    host: Host,
-    shards: ServedShards,
-    driver: CudaDriver,
-    monkeypatch: pytest.MonkeyPatch,
-    rng: np.random.Generator,
-    change: dict[str, Any],
-    message: str,
-) -> None:
-    server = serve(host, shards)
-    from sparseflow.cuda.tickets import SlabTicket
-
-    right = SlabTicket.to_dict
-    with pushed_to(shards, driver) as pushed:
-        with monkeypatch.context() as patch:
-            patch.setattr(SlabTicket, "to_dict", lambda ticket: right(ticket) | change)
-            with pytest.raises(BadRequest, match=message):
-                pushed.open()
-        assert server.session(os.getpid())["transport"] == "arena"
-        pushed.fetch_some()
-        pushed.open()
-        pushed.push_some(rng)
-        assert child_of(server)["starts"] == 1
-
-
-def test_gpu_that_the_server_does_not_see_is_an_error(
-    host: Host, shards: ServedShards, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = serve(host, shards)
-    monkeypatch.setattr(driver, "device_uuid", lambda: bytes(16))
-    with pushed_to(shards, driver, is_open=False) as pushed:
-        with pytest.raises(ServerError, match=r"GPU-00000000-.*none of the 1 GPUs.*CUDA_VISIBLE_DEVICES"):
-            pushed.open()
-        pushed.fetch_some()
-        assert child_of(server)["state"] == "gone"
-
-
-@pytest.mark.parametrize(
-    ("layer", "ids", "places", "message"),
-    [
-        (0, [1, 2], [0, N_PLACES], f"place {N_PLACES}: the slab has {N_PLACES}"),
-        (0, [1, 2], [0, 2**32 - 1], "place 4294967295"),
-        (0, [2, 1], [0, 1], "ascending"),
-        (0, [61], [0], "61 neurons"),
-        (3, [1], [0], "3 layers"),
-        (2**40, [1], [0], "3 layers"),
-        (0, list(range(31)), list(range(31)), "share of the arena"),
-    ],
-    ids=str,
-)
-def test_wrong_push_is_an_error_and_the_slab_stays(
-    host: Host,
-    shards: ServedShards,
-    driver: CudaDriver,
-    rng: np.random.Generator,
-    layer: int,
-    ids: list[int],
-    places: list[int],
-    message: str,
-) -> None:
-    serve(host, shards)
-    with pushed_to(shards, driver) as pushed:
-        push = pushed.client.push(layer, np.array(ids, np.uint32), np.array(places, np.uint32))
-        with pytest.raises(Exception, match=message) as caught:
-            push.wait(TIMEOUT_S)
-        assert isinstance(caught.value, BadRequest) or type(caught.value).__name__ == "ArenaBusy"
-        pushed.check()
-        pushed.push_some(rng)
-
-
-def test_wrong_push_to_a_whole_model_is_an_error_too(
-    host: Host, shards: ServedShards, driver: CudaDriver, rng: np.random.Generator
-) -> None:
-    serve(host, shards, cpu_cache_ratio=1.0)
-    with pushed_to(shards, driver) as pushed:
-        for layer, neuron in ((0, 61), (3, 0), (2**50, 2**32 - 1)):
-            push = pushed.client.push(layer, np.array([neuron], np.uint32), np.zeros(1, np.uint32))
-            with pytest.raises(BadRequest, match="3 layers of 61 neurons"):
-                push.wait(TIMEOUT_S)
-        pushed.push_some(rng)
 
 
 def test_push_without_a_slab_and_a_second_slab_are_errors(
