@@ -3,7 +3,9 @@
 import ctypes
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
+from sparseflow.store.stored_files import stat_inside
 from sparseflow_daemon.served_model import ServedModel
 
 _CACHESTAT = 451  # the same number on every architecture; Linux 6.5 and later
@@ -16,17 +18,18 @@ def page_cache_nbytes(models: Iterable[ServedModel]) -> int | None:
     total = 0
     for model in models:
         for name in model.manifest.files:
-            cached = _cached_nbytes(os.fspath(model.store / name))
+            cached = _cached_nbytes(model.store, name)
             if cached is None:
                 return None
             total += cached
     return total
 
 
-def _cached_nbytes(path: str) -> int | None:
-    """cachestat(2) of a whole file; 0 for one that is missing."""
+def _cached_nbytes(store: Path, name: str) -> int | None:
+    """cachestat(2) of a whole file; 0 for one that is missing, or no file of the store."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        stat_inside(store, name)
+        fd = os.open(store / name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return 0
     try:

@@ -15,10 +15,10 @@ import numpy as np
 from sparseflow.engine.engine import Engine
 from sparseflow.engine.memory_plan import AUTO_SHARE, fixed_nbytes, free_memory, plan_memory
 from sparseflow.engine.shared_memory import SharedMemory, read_into
-from sparseflow.errors import BadRequest, Draining, SparseFlowError
+from sparseflow.errors import BadRequest, Draining, NotEnoughMemory, SparseFlowError
 from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION
 from sparseflow.store.manifest import DENSE_NAME, Manifest
-from sparseflow.utils.sizes import parse_size
+from sparseflow.utils.sizes import format_size, parse_size
 from sparseflow_daemon.config import ServerConfig
 
 _log = logging.getLogger(__name__)
@@ -77,6 +77,12 @@ class ServedModel:
         }
 
     @property
+    def planned_nbytes(self) -> int:
+        """Of all shared memory, once it is loaded; none of it can be given back while it is served."""
+        beside = self.manifest.nbytes_under("") - self.manifest.nbytes_under("neurons/")
+        return beside + self.n_slots * self.profile.bundle_nbytes
+
+    @property
     def nbytes(self) -> int:
         """Of all shared memory."""
         return sum(region.nbytes for region in self.regions.values())
@@ -84,12 +90,11 @@ class ServedModel:
     def load(self) -> None:
         """Bring everything into memory that must be there. Ends in state `ready`, or `failed` with the error kept."""
         try:
-            self.manifest.require_all_parts(self.store)
+            self.manifest.require_files(self.store)
             predictors = sorted(name for name in self.manifest.files if name.startswith("predictors/"))
-            others = [name for name in self.manifest.files if not name.endswith(".safetensors")]
             self._load_files("dense", [DENSE_NAME])
             self._load_files("predictors", predictors)
-            self._load_files("files", others)
+            self._load_files("files", self.manifest.companions)
             self.engine = Engine(
                 *(self.store, self.manifest, self.n_slots),
                 eviction=self._config.eviction,
@@ -173,6 +178,8 @@ def open_models(config: ServerConfig) -> dict[str, ServedModel]:
         NotEnoughMemory: the memory does not hold them.
     """
     manifests = [Manifest.load(store) for store in config.stores]
+    for store, manifest in zip(config.stores, manifests, strict=True):
+        manifest.require_all_parts(store)
     fixed = [fixed_nbytes(manifest) for manifest in manifests]
     neurons = [manifest.nbytes_under("neurons/") for manifest in manifests]
     allowed = int(free_memory() * AUTO_SHARE) if config.memory == "auto" else parse_size(config.memory)
@@ -186,4 +193,10 @@ def open_models(config: ServerConfig) -> dict[str, ServedModel]:
                 "by another server"
             )
         models[model.name] = model
+    taken, free = sum(model.planned_nbytes for model in models.values()), free_memory()
+    if taken > free:
+        raise NotEnoughMemory(
+            f"{format_size(taken)} of shared memory are to be taken from {format_size(allowed)}, free are "
+            f"{format_size(free)}; free some, or give less (--memory)"
+        )
     return models

@@ -48,10 +48,10 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 def _model_facts(name: str, strategy: OffloadStrategy) -> dict[str, object]:
     from sparseflow.core.checkpoint import Checkpoint, locate, model_name
     from sparseflow.core.config import SparseFlowConfig, profile_of
-    from sparseflow.store.manifest import MANIFEST_NAME, Manifest
+    from sparseflow.store.manifest import Manifest, is_store
 
     folder = locate(name)
-    if (folder / MANIFEST_NAME).is_file():
+    if is_store(folder):
         profile = Manifest.load(folder).profile
     else:
         checkpoint = Checkpoint(folder, model_name(name))

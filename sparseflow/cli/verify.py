@@ -15,6 +15,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     from sparseflow.store.manifest import Manifest, check_content
 
     manifest = Manifest.load(arguments.store)
+    manifest.require_all_parts(arguments.store)
     damaged = {}
     for name, entry in manifest.files.items():
         try:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseflow.core.config import dtype_name, require_relu_opt, require_sizes
+from sparseflow.core.config import dtype_name, opt_config
 from sparseflow.errors import BadRequest, DiskError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -164,24 +164,18 @@ class Checkpoint:
 
 
 def _read_config(folder: Path) -> "OPTConfig":
-    from transformers import OPTConfig
-
     path = folder / "config.json"
+    if path.exists() and not path.is_file():
+        raise DiskError(f"{path}: is no file; give a transformers checkpoint folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DiskError(f"{folder}: no config.json; give a transformers checkpoint folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DiskError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise DiskError(f"{path}: holds {type(content).__name__}, not a configuration")
-    require_relu_opt(content, str(folder))
-    try:
-        config = OPTConfig.from_dict(content)
-    except Exception as error:  # transformers checks each field in its own way
-        raise UnsupportedModel(f"{path}: {str(error).strip().splitlines()[-1].strip()}") from error
-    require_sizes(config, str(path))
-    return config
+    return opt_config(content, str(path))
 
 
 def _index(folder: Path) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Settings, validated when they are made. Each default is written here and nowhere else."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from sparseflow.engine.budgets import divide_slots, shares_of
 from sparseflow.engine.engine import DEFAULT_EVICTION, EVICTIONS
-from sparseflow.errors import BadRequest, FingerprintMismatch, UnsupportedModel
+from sparseflow.errors import BadRequest, FingerprintMismatch, ShardCorrupt, UnsupportedModel
+from sparseflow.store.checks import MOST_OF_A_SIZE, mapping, shown
 from sparseflow.store.profile import DTYPE_NBYTES, ModelProfile
 
 if TYPE_CHECKING:
@@ -194,6 +196,50 @@ def require_relu_opt(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def opt_config(content: Mapping[str, Any], where: str) -> "OPTConfig":
+    """transformers' configuration of a ReLU OPT, from what config.json says.
+
+    Raises:
+        UnsupportedModel: it is none.
+    """
+    from transformers import OPTConfig
+
+    require_relu_opt(content, where)
+    try:
+        config = OPTConfig.from_dict(dict(content))
+    except Exception as error:  # transformers checks each field in its own way
+        reason = str(error).strip() or type(error).__name__
+        raise UnsupportedModel(f"{where}: {reason.splitlines()[-1].strip()}") from error
+    require_sizes(config, where)
+    return config
+
+
+def stored_config(content: bytes, profile: ModelProfile) -> "OPTConfig":
+    """A store's config.json, of which only what says what the network is, and how text is generated, is taken.
+
+    The rest could have transformers load code, or make labels without end.
+
+    Raises:
+        ShardCorrupt: no configuration. UnsupportedModel: of no ReLU OPT.
+        FingerprintMismatch: of another size than the store's weights.
+    """
+    from transformers import GenerationConfig, OPTConfig
+
+    where = "config.json"
+    known = (OPTConfig().to_dict().keys() | GenerationConfig().to_dict().keys()) - {"id2label", "label2id"}
+    try:
+        found = mapping(json.loads(content), where)
+    except (ValueError, RecursionError) as error:
+        raise ShardCorrupt(f"{where}: {error}; remove the store and convert the model again") from error
+    config = opt_config({name: value for name, value in found.items() if name in known}, where)
+    if not same_sizes(profile_of(config, profile.dtype, profile.model_identifier), profile):
+        raise FingerprintMismatch(
+            f"{where}: of a model of other sizes than the manifest says ({profile}); "
+            "remove the store and convert the model again"
+        )
+    return config
+
+
 def require_sizes(config: "OPTConfig", where: str) -> None:
     """
     Raises:
@@ -201,11 +247,17 @@ def require_sizes(config: "OPTConfig", where: str) -> None:
     """
     sizes = ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "vocab_size", "word_embed_proj_dim")
     for name in (*sizes, "max_position_embeddings"):
-        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
-            raise UnsupportedModel(f"{where}: {name} is {getattr(config, name)!r}; it must be a number above 0")
+        size = getattr(config, name)
+        if type(size) is not int or not 1 <= size <= MOST_OF_A_SIZE:
+            raise UnsupportedModel(f"{where}: {name} is {shown(size)}; it must be a number from 1 to {MOST_OF_A_SIZE}")
     if config.hidden_size % config.num_attention_heads:
         raise UnsupportedModel(
             f"{where}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} attention heads"
+        )
+    padding = config.pad_token_id
+    if padding is not None and (type(padding) is not int or not -config.vocab_size <= padding < config.vocab_size):
+        raise UnsupportedModel(
+            f"{where}: pad_token_id is {shown(padding)}; the vocabulary has {config.vocab_size} tokens"
         )
 
 

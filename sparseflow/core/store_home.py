@@ -7,7 +7,7 @@ from pathlib import Path
 from sparseflow.core.checkpoint import Checkpoint, locate, model_name
 from sparseflow.core.converter import convert
 from sparseflow.errors import BadRequest
-from sparseflow.store.manifest import FORMAT_VERSION, MANIFEST_NAME
+from sparseflow.store.manifest import FORMAT_VERSION, is_store
 from sparseflow.utils.home import sparseflow_home
 
 
@@ -25,7 +25,7 @@ def find_or_convert(
         DiskError, UnsupportedModel, BadRequest: as their texts say.
     """
     folder = locate(name)
-    if (folder / MANIFEST_NAME).is_file():
+    if is_store(folder):
         return folder
     checkpoint = Checkpoint(folder, model_name(name))
     identity = json.dumps([str(folder), checkpoint.identity(), dtype or checkpoint.dtype(), FORMAT_VERSION])

@@ -1,6 +1,6 @@
 """Tensors as views of memory that lies there already: mapped files, or memory that a server shares."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from sparseflow.errors import DiskError, ShardCorrupt
 from sparseflow.store.calibration import calibrated_name
-from sparseflow.store.codes import code_specs
+from sparseflow.store.codes import CODE_RANGES, code_specs
 from sparseflow.store.manifest import predictor_name
 from sparseflow.store.profile import ModelProfile
 from sparseflow.store.shard_format import TensorPlace, TensorSpec, map_file, places_in, read_places
@@ -23,7 +23,8 @@ def map_tensors(path: Path, expected: Sequence[TensorSpec] | None = None) -> "di
     Raises:
         ShardCorrupt: the file does not hold the `expected` tensors, whose sizes kernels take for granted.
     """
-    return _tensors(map_file(path), read_places(path), path, expected)
+    places = read_places(path)
+    return _tensors(map_file(path), places, path, expected)
 
 
 def view_tensors(content: Any, path: Path, expected: Sequence[TensorSpec] | None = None) -> "dict[str, Tensor]":
@@ -49,14 +50,36 @@ def predictors_by_layer(
     Args:
         files: those there are; fitted predictors are not in every store.
         opened: the tensors of a file, given its name and, maybe, what is expected in it.
+
+    Raises:
+        ShardCorrupt: codes that no weights have.
     """
     tensors: dict[str, Tensor] = {}
     for layer in range(profile.num_layers):
         of_layer = opened(predictor_name(layer), predictor_specs(profile))
+        require_sound_codes(of_layer, predictor_name(layer))
         if calibrated_name(layer) in files:
             of_layer |= opened(calibrated_name(layer))
         tensors |= {f"{layer}.{name}": tensor for name, tensor in of_layer.items()}
     return tensors
+
+
+def require_sound_codes(codes: "Mapping[str, Tensor]", name: str) -> None:
+    """
+    Args:
+        codes: of one layer, as `code_specs` names them.
+        name: what errors call them.
+
+    Raises:
+        ShardCorrupt: NaN, or out of the range in which bounds hold: neurons would be skipped that are active.
+    """
+    for part, (least, most) in CODE_RANGES.items():
+        low, high = map(float, codes[part].aminmax())  # NaN comes through
+        if not (least <= low and high <= most):
+            raise ShardCorrupt(
+                f"{name}: {part} from {low:g} to {high:g}, they lie from {least:g} to {most:g}; "
+                "remove the store and convert the model again"
+            )
 
 
 def view_bundles(slots: Any, profile: ModelProfile) -> "Tensor":

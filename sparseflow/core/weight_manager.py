@@ -1,6 +1,5 @@
 """The weight source inside the process: `DiskWeightStore` runs the engine here. And `WeightCache`, device slots."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseflow.core.config import OffloadStrategy, dtype_name, require_same_network
+from sparseflow.core.config import OffloadStrategy, dtype_name, require_same_network, stored_config
 from sparseflow.core.device_cache import WeightCache
 from sparseflow.core.host_bundles import ArenaBundles, BundleHolder, CopiedBundles, MappedBundles
 from sparseflow.core.store_home import find_or_convert
@@ -87,6 +86,7 @@ class DiskWeightStore:
         self.path = find_or_convert(self._name, self._cache_dir, dtype=self._dtype, quiet=self._quiet)
         self.manifest = Manifest.load(self.path)
         self.manifest.require_all_parts(self.path)
+        self.manifest.require_files(self.path)
         self.profile: ModelProfile = self.manifest.profile
         if self._dtype not in (None, self.profile.dtype):
             raise BadRequest(
@@ -94,15 +94,15 @@ class DiskWeightStore:
                 f"convert the checkpoint again with --dtype {self._dtype}"
             )
         if hf_config is not None:
-            stored = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            require_same_network(hf_config.to_dict(), stored, str(self.path))
+            stored = stored_config((self.path / "config.json").read_bytes(), self.profile)
+            require_same_network(hf_config.to_dict(), stored.to_dict(), str(self.path))
         self._memory, self._io, self._strategy, self._for_device = memory, io, strategy, for_device
         self._plan(strategy or OffloadStrategy())  # refused before much is read
         for name, entry in self.manifest.files.items():
             if not name.startswith("neurons/"):
                 check_content(self.path, name, entry)
         self.model_files: Mapping[str, bytes] = {
-            name: (self.path / name).read_bytes() for name in self.manifest.files if not name.endswith(".safetensors")
+            name: (self.path / name).read_bytes() for name in self.manifest.companions
         }
         self.close()
         self._holder = self._hold(strategy or OffloadStrategy())

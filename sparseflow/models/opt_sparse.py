@@ -1,9 +1,7 @@
 """The sparse OPT: transformers' network, except how an MLP gets and uses its weights, and what computes it."""
 
 import copy
-import json
 import threading
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -12,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, OPTConfig, OPTForCausalLM
+from transformers import Cache, GenerationConfig, OPTForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparseflow.client.weight_client import WeightClient
@@ -21,13 +19,12 @@ from sparseflow.core.config import (
     SparseFlowConfig,
     dtype_name,
     require_device,
-    require_same_network,
-    same_sizes,
 )
 from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
 from sparseflow.models.device_placing import PlacedModel, has_slots
+from sparseflow.models.matching import generation_config_of, require_dense_dtype, require_match
 from sparseflow.models.opt_layers import FrozenLinear, SparseOPTDecoderLayer
 from sparseflow.orchestration.calibrated_predictor import given_predictor
 from sparseflow.orchestration.coordinator import Coordinator
@@ -66,7 +63,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             FingerprintMismatch: config and source are of different models.
             BadRequest: a device, dtype or fidelity that cannot be served.
         """
-        _require_match(config, source)
+        stored = require_match(config, source)
         require_fidelity(fidelity or DEFAULT_FIDELITY)
         if fidelity is not None and config.predictor_weights_path is not None:
             raise BadRequest(
@@ -74,9 +71,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
                 "different predictors; give one of them"
             )
         source.use_strategy(config.strategy)
-        hf_config = copy.deepcopy(config.hf_config) or OPTConfig.from_dict(
-            json.loads(source.model_files["config.json"])
-        )
+        hf_config = copy.deepcopy(config.hf_config) or stored
         hf_config.dtype = getattr(torch, source.profile.dtype)
         with torch.device("meta"):
             super().__init__(hf_config)
@@ -106,7 +101,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         self.token_step = None if self.placed is None else self.placed.token_step()
         # Steps on a device share its buffers, so that threads take turns there.
         self._turns: AbstractContextManager[Any] = nullcontext() if self.placed is None else threading.RLock()
-        self.generation_config = _generation_config(source, hf_config)
+        self.generation_config = generation_config_of(source, hf_config)
         super().train(False)
 
     @classmethod
@@ -321,6 +316,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         return {} if self.placed is None else self.placed.report()
 
     def _load_dense(self, dense: Mapping[str, Tensor]) -> None:
+        require_dense_dtype(dense, getattr(torch, self.source.profile.dtype))
         try:
             missing, unexpected = self.load_state_dict(dense, strict=False, assign=True)
         except RuntimeError as error:
@@ -382,34 +378,3 @@ def _asks_for_logits_only(kwargs: dict[str, Any]) -> bool:
         for name, value in kwargs.items()
         if name not in ("return_dict", "cache_position")
     )
-
-
-def _require_match(config: SparseFlowConfig, source: WeightSource) -> None:
-    if config.hf_config is not None:
-        stored = json.loads(source.model_files["config.json"])
-        require_same_network(config.hf_config.to_dict(), stored, "this source")
-    if not same_sizes(config.profile, source.profile):
-        raise FingerprintMismatch(
-            f"the configuration describes {config.profile}, the source holds {source.profile}; "
-            "use the configuration of the model in the store"
-        )
-    require_device(config.primary_device)
-    if config.secondary_device != "cpu":
-        raise BadRequest(f"secondary_device={config.secondary_device!r}: weights wait in host memory; use 'cpu'")
-    if config.compute_dtype is not None and dtype_name(config.compute_dtype) != source.profile.dtype:
-        raise BadRequest(
-            f"compute_dtype={config.compute_dtype}: the store holds {source.profile.dtype}; "
-            f"convert the checkpoint with --dtype {dtype_name(config.compute_dtype)}"
-        )
-
-
-def _generation_config(source: WeightSource, hf_config: OPTConfig) -> GenerationConfig:
-    content = source.model_files.get("generation_config.json")
-    if content is None:
-        generation = GenerationConfig.from_model_config(hf_config)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the checkpoint's own settings
-            generation = GenerationConfig.from_dict(json.loads(content))
-    generation.disable_compile = True
-    return generation

@@ -29,6 +29,7 @@ from sparseflow.orchestration.neuron_predictor import (
     failure_probability,
 )
 from sparseflow.store.calibration import PROFILE_NAME, Calibration
+from sparseflow.store.profile import ModelProfile
 
 
 class LowRankOfLayer:
@@ -98,7 +99,7 @@ def calibrated_predictor(
             planes = 1 if chosen == "coarse" else 2
             layers.append(CodesOfLayer(rows[n], Margin.EXACT, failure_probability(source.profile), cut, planes))
         else:
-            layers.append(LowRankOfLayer(_low_rank(tensors, f"{n}.{chosen}", cut)))
+            layers.append(LowRankOfLayer(_low_rank(tensors, f"{n}.{chosen}", cut, source.profile)))
     name = f"calibrated:{recall:g}" + (f":{kind}" if kind else "")
     return LayeredPredictor(layers, kinds, name if threshold == 1 else f"threshold:{threshold:g}")
 
@@ -116,7 +117,7 @@ def lookahead_predictors(source: WeightSource, distance: int) -> dict[int, LowRa
     for layer, record in enumerate(calibration.layers):
         nearest = min(distance, len(record.lookahead) - 1)
         if nearest >= 0 and record.lookahead[nearest].is_kept:
-            found[layer] = _low_rank(tensors, f"{layer}.lookahead{nearest}", 0.0)
+            found[layer] = _low_rank(tensors, f"{layer}.lookahead{nearest}", 0.0, source.profile)
     return found
 
 
@@ -146,15 +147,29 @@ def given_predictor(source: WeightSource, folder: str | Path) -> LayeredPredicto
     return LayeredPredictor(layers, ["given"] * len(layers), "given")
 
 
-def _low_rank(tensors: Mapping[str, Tensor], name: str, cut: float) -> LowRank:
+def _low_rank(tensors: Mapping[str, Tensor], name: str, cut: float, profile: ModelProfile) -> LowRank:
+    """
+    Raises:
+        ShardCorrupt: it is missing, of another model's sizes, or not finite.
+    """
     try:
         down, up, bias = (tensors[f"{name}.{part}"] for part in ("down", "up", "bias"))
     except KeyError as error:
         raise ShardCorrupt(f"predictor {name} is not in the store, but in its profile; calibrate it again") from error
-    if not (down.dim() == up.dim() == 2 and down.shape[0] == up.shape[1] and bias.shape == up.shape[:1]):
-        raise ShardCorrupt(f"predictor {name} has shapes that do not fit each other; calibrate the store again")
     spread = tensors.get(f"{name}.spread")
-    return LowRank(down, up, bias if spread is None else bias + cut * spread)
+    rank, row = len(down) if down.dim() else 0, (profile.ffn_dimension,)
+    expected: list[tuple[Tensor, tuple[int, ...], torch.dtype]] = [
+        (down, (rank, profile.hidden_dimension), down.dtype),
+        (up, (*row, rank), down.dtype),
+        *[(part, row, torch.float32) for part in (bias, spread) if part is not None],
+    ]
+    if not down.is_floating_point() or any((p.shape, p.dtype) != (shape, dtype) for p, shape, dtype in expected):
+        raise ShardCorrupt(f"predictor {name} has shapes that do not fit this model; calibrate the store again")
+    low_rank = LowRank(down, up, bias if spread is None else bias + cut * spread)
+    for part in (down, up, low_rank.bias):
+        if part.numel() and not all(bound.isfinite() for bound in part.aminmax()):  # NaN comes through
+            raise ShardCorrupt(f"predictor {name} holds NaN or infinity; calibrate the store again")
+    return low_rank
 
 
 def _given_weight(path: Path) -> Tensor:

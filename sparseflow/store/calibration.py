@@ -10,6 +10,7 @@
 fitted to.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from sparseflow.errors import BadRequest, ShardCorrupt
+from sparseflow.store.checks import MOST_OF_A_SIZE, brief, listing, mapping, number, shown, truth, whole_number
 from sparseflow.store.profile import ModelProfile
 
 PROFILE_NAME = "profile.json"
 PROFILE_VERSION = 1
+_MOST_TOKENS = 1 << 50
+_LARGEST = 1e39  # of any figure; they were float32 once
 
 # Predictors of one layer, as they are called everywhere.
 KINDS = ("coarse", "codes", "svd", "trained")
@@ -135,20 +139,22 @@ class Calibration:
         """
         try:
             return cls._parse(json.loads(content), profile)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ShardCorrupt(f"{PROFILE_NAME}: {error}; calibrate the store again") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ShardCorrupt(f"{PROFILE_NAME}: {brief(error)}; calibrate the store again") from error
 
     @classmethod
     def _parse(cls, content: dict[str, Any], profile: ModelProfile) -> Self:
-        if content["version"] != PROFILE_VERSION:
-            raise ValueError(f"version {content['version']!r}, this SparseFlow reads {PROFILE_VERSION}")
-        recalls = _numbers(content["recalls"])
-        if len(recalls) < 2 or recalls != sorted(recalls) or not 0 < recalls[0] < recalls[-1] < 1:
-            raise ValueError(f"recalls {recalls}")
-        layers = [parse_layer(layer, len(recalls), profile) for layer in content["layers"]]
+        if type(content["version"]) is not int or content["version"] != PROFILE_VERSION:
+            raise ValueError(f"version {shown(content['version'])}, this SparseFlow reads {PROFILE_VERSION}")
+        recalls = _numbers(content["recalls"], "recalls")
+        are_ascending = all(one < other for one, other in itertools.pairwise(recalls))
+        if len(recalls) < 2 or not are_ascending or not 0 < recalls[0] < recalls[-1] < 1:
+            raise ValueError(f"recalls {shown(recalls)} do not ascend between 0 and 1")
+        layers = [parse_layer(layer, len(recalls), profile) for layer in listing(content["layers"], "layers")]
         if len(layers) != profile.num_layers:
             raise ValueError(f"{len(layers)} layers, the model has {profile.num_layers}")
-        return cls(float(content["recall"]), int(content["tokens"]), recalls, layers)
+        recall = number(content["recall"], "recall", recalls[0], recalls[-1])
+        return cls(recall, whole_number(content["tokens"], "tokens", 0, _MOST_TOKENS), recalls, layers)
 
 
 def parse_layer(content: dict[str, Any], n_recalls: int, profile: ModelProfile) -> LayerRecord:
@@ -157,33 +163,43 @@ def parse_layer(content: dict[str, Any], n_recalls: int, profile: ModelProfile) 
     Raises:
         ValueError, KeyError, TypeError: it is not one.
     """
-    predictors = {kind: _predictor(record, n_recalls) for kind, record in content["predictors"].items()}
+    predictors = {
+        kind: _predictor(record, n_recalls) for kind, record in mapping(content["predictors"], "predictors").items()
+    }
     if not any(record.is_kept for record in predictors.values()) or not set(predictors) <= set(KINDS):
-        raise ValueError(f"predictors {sorted(predictors)}; known are {', '.join(KINDS)}")
-    counts = [int(n) for n in content["active_counts"]]
+        raise ValueError(f"predictors {shown(sorted(predictors))}; known are {', '.join(KINDS)}")
+    counts = listing(content["active_counts"], "active_counts")
     if len(counts) != profile.ffn_dimension:
         raise ValueError(f"{len(counts)} counts of neurons, a layer has {profile.ffn_dimension}")
-    active_share, overlap = _numbers([content["active_share"], content["overlap"]])
-    lookahead = [
-        LookaheadRecord(int(r["rank"]), float(r["recall"]), float(r["candidate_share"]), bool(r["is_kept"]))
-        for r in content["lookahead"]
-    ]
-    return LayerRecord(active_share, overlap, counts, _numbers(content["miss_curve"]), predictors, lookahead)
+    return LayerRecord(
+        number(content["active_share"], "active_share", 0, 1),
+        number(content["overlap"], "overlap", 0, 1),
+        [whole_number(n, "a count of a neuron", 0, _MOST_TOKENS) for n in counts],
+        _numbers(content["miss_curve"], "miss_curve"),
+        predictors,
+        [_lookahead(record) for record in listing(content["lookahead"], "lookahead")],
+    )
+
+
+def _lookahead(content: dict[str, Any]) -> LookaheadRecord:
+    return LookaheadRecord(
+        whole_number(content["rank"], "rank", 1, MOST_OF_A_SIZE),
+        number(content["recall"], "recall", 0, 1),
+        number(content["candidate_share"], "candidate_share", 0, 1),
+        truth(content["is_kept"], "is_kept"),
+    )
 
 
 def _predictor(content: dict[str, Any], n_recalls: int) -> PredictorRecord:
-    nbytes, *rows = [_numbers(content[name]) for name in ("nbytes", "cuts", "candidate_shares", "found")]
+    nbytes, *rows = [_numbers(content[name], name) for name in ("nbytes", "cuts", "candidate_shares", "found")]
     if any(len(row) != n_recalls for row in (nbytes, *rows)):
         raise ValueError("a predictor has other numbers of recalls than the profile")
-    rank = None if content["rank"] is None else int(content["rank"])
-    return PredictorRecord(nbytes, rank, rows[0], rows[1], rows[2], bool(content["is_kept"]))
+    rank = None if content["rank"] is None else whole_number(content["rank"], "rank", 1, MOST_OF_A_SIZE)
+    return PredictorRecord(nbytes, rank, rows[0], rows[1], rows[2], truth(content["is_kept"], "is_kept"))
 
 
-def _numbers(values: Sequence[Any]) -> list[float]:
-    numbers = [float(value) for value in values]
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError("a number is not finite")
-    return numbers
+def _numbers(values: object, what: str) -> list[float]:
+    return [number(value, f"one of {what}", -_LARGEST, _LARGEST) for value in listing(values, what)]
 
 
 def _between(recall: float, recalls: Sequence[float], values: Sequence[float]) -> float:

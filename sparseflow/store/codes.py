@@ -21,7 +21,7 @@ A group of a row in a plane, 32 words of 16 bits, each with four codes from 0 to
 coarse holds q // 16 + 8, fine q % 16. Columns from hidden on have dither 0 and stand for nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,19 @@ _UPWARD = 1 + 2.0**-30
 # A group's coded row is at least so many steps long: its largest weight, less half a coarse step. Kernels rely on it
 # for their float errors; so it holds for `norms` even where a step is a denormal, and far too large.
 _SHORTEST = STEP_LIMIT - FINE_STEPS // 2
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+# What bounds rely on, least and most. Norms may be infinite, as `_norm_above` says: then a bound is, and its neuron a
+# candidate; `exact` takes its margin from scales, which are finite.
+CODE_RANGES: Mapping[str, tuple[float, float]] = {
+    "dither": (-FINE_STEPS / 2, FINE_STEPS / 2 - DITHER_UNIT),
+    "scales": (0.0, _LARGEST),
+    "norms": (0.0, np.inf),
+    "coarse_error_norms": (0.0, np.inf),
+    "fine_error_norms": (0.0, np.inf),
+}
 
 
 class Codes(NamedTuple):

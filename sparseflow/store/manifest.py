@@ -14,19 +14,28 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from sparseflow.errors import DiskError, ShardCorrupt
-from sparseflow.store.profile import DTYPE_NBYTES, ModelProfile
-from sparseflow.store.shard_format import FileEntry, hash_file
+from sparseflow.store import manifest_fields as fields
+from sparseflow.store.checks import brief, mapping, shown
+from sparseflow.store.codes import code_specs
+from sparseflow.store.profile import ModelProfile
+from sparseflow.store.shard_format import FileEntry, file_nbytes, hash_file, shard_specs
+from sparseflow.store.stored_files import require_written, stat_inside
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 DENSE_NAME = "dense.safetensors"
 _MANIFEST_LIMIT_NBYTES = 64 << 20
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder claims to be a store, and not a checkpoint; it may be none all the same."""
+    return os.path.lexists(folder / MANIFEST_NAME)
 
 
 def shard_name(layer: int) -> str:
@@ -74,20 +83,51 @@ class Manifest:
         """Bytes of all files whose path starts with `prefix`."""
         return sum(entry.nbytes for name, entry in self.files.items() if name.startswith(prefix))
 
+    @property
+    def companions(self) -> list[str]:
+        """Files that travel as they are: config.json, the tokenizer's, profile.json."""
+        return [name for name in self.files if "/" not in name and not name.endswith(".safetensors")]
+
     def require_all_parts(self, store: Path) -> None:
-        """
+        """Compare the manifest with itself; nothing is opened, and nothing made that is larger than the manifest.
+
         Raises:
-            ShardCorrupt: the manifest lists no file for some part of the model.
+            ShardCorrupt: it lists no file for some part of the model, or one of another size than the profile's.
         """
-        layers = range(self.profile.num_layers)
+        path, profile = store / MANIFEST_NAME, self.profile
+        if 2 * profile.num_layers > len(self.files):
+            raise ShardCorrupt(
+                f"{path}: num_layers is {profile.num_layers}, two files each, and {len(self.files)} files are listed; "
+                "remove the store and convert the model again"
+            )
+        layers = range(profile.num_layers)
         expected = {"config.json", DENSE_NAME, *map(shard_name, layers), *map(predictor_name, layers)}
         tables = {f"checksum table of {shard_name(layer)}" for layer in layers}
         listed = self.files.keys() | {f"checksum table of {name}" for name in self.checksum_tables}
         if missing := (expected | tables) - listed:
             raise ShardCorrupt(
-                f"{store / MANIFEST_NAME}: {len(missing)} parts are not listed, {min(missing)} first; "
+                f"{path}: {len(missing)} parts are not listed, {min(missing)} first; "
                 "remove the store and convert the model again"
             )
+        shard_nbytes = file_nbytes(shard_specs(profile.ffn_dimension, profile.hidden_dimension, profile.dtype))
+        code_nbytes = file_nbytes(code_specs(profile.ffn_dimension, profile.hidden_dimension))
+        for layer in layers:
+            for name, nbytes in ((shard_name(layer), shard_nbytes), (predictor_name(layer), code_nbytes)):
+                if self.files[name].nbytes != nbytes:
+                    raise ShardCorrupt(
+                        f"{path}: {name} has {self.files[name].nbytes} bytes, {nbytes} by the sizes of the model "
+                        f"({profile.ffn_dimension} neurons, {profile.hidden_dimension} wide); "
+                        "remove the store and convert the model again"
+                    )
+
+    def require_files(self, store: Path) -> None:
+        """Look at every file that is listed, not into it.
+
+        Raises:
+            DiskError, ShardCorrupt: as `check_size`.
+        """
+        for name, entry in self.files.items():
+            check_size(store, name, entry)
 
     def save(self, store: Path) -> None:
         """Write manifest.json atomically."""
@@ -97,7 +137,8 @@ class Manifest:
             "fingerprint": {"weights": self.weights_fingerprint, "predictors": self.predictors_fingerprint},
         }
         temporary = store / (MANIFEST_NAME + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)  # left by a kill; or a link, that would be written through
+        with open(temporary, "x", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
@@ -108,12 +149,12 @@ class Manifest:
         """Read and check manifest.json.
 
         Raises:
-            DiskError: there is none, or it is of another format version.
+            DiskError: there is none, it is no file of its own, or it is of another format version.
             ShardCorrupt: it is not a manifest of ours, or its fingerprints are not its own.
         """
         path = store / MANIFEST_NAME
         try:
-            if path.stat().st_size > _MANIFEST_LIMIT_NBYTES:
+            if stat_inside(store, MANIFEST_NAME).st_size > _MANIFEST_LIMIT_NBYTES:
                 raise ShardCorrupt(
                     f"{path}: more than {_MANIFEST_LIMIT_NBYTES} bytes; remove the store and convert the model again"
                 )
@@ -127,43 +168,34 @@ class Manifest:
             ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ShardCorrupt(
-                f"{path}: not a manifest ({error}); remove the store and convert the model again"
+                f"{path}: not a manifest ({brief(error)}); remove the store and convert the model again"
             ) from error
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise DiskError(
-                f"{path}: format version {version}, this SparseFlow reads {FORMAT_VERSION}; "
+                f"{path}: format version {shown(version)}, this SparseFlow reads {FORMAT_VERSION}; "
                 "remove the store and convert the model again"
             )
         try:
             return cls._parse(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ShardCorrupt(f"{path}: {error}; remove the store and convert the model again") from error
+        except (ValueError, KeyError) as error:
+            raise ShardCorrupt(f"{path}: {brief(error)}; remove the store and convert the model again") from error
 
     @classmethod
     def _parse(cls, content: dict[str, Any]) -> "Manifest":
-        profile = ModelProfile(**content["profile"])
-        for name in ("hidden_dimension", "ffn_dimension", "num_layers", "num_attention_heads", "vocab_size"):
-            if not isinstance(getattr(profile, name), int) or getattr(profile, name) < 1:
-                raise ValueError(f"{name} is {getattr(profile, name)!r}")
-        if profile.layer_sparsity_map is not None:
-            shares = {int(layer): share for layer, share in profile.layer_sparsity_map.items()}
-            profile = replace(profile, layer_sparsity_map=shares)
-        if profile.dtype not in DTYPE_NBYTES:
-            raise ValueError(f"unknown dtype {profile.dtype!r}")
-        for name in content["files"]:
-            parts = PurePosixPath(name).parts
-            if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-                raise ValueError(f"file name {name!r} leaves the store")
-        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-        permutation = content["neuron_permutation"]
-        if permutation is not None:
-            permutation = {int(layer): order for layer, order in permutation.items()}
+        profile = fields.parse_profile(content["profile"])
+        shares = fields.parse_shares(profile.layer_sparsity_map, profile.num_layers)
+        fields.require_sizes_of(profile, content)
         manifest = cls(
-            profile, files, content["source"], content["checksum_tables"], permutation, content["format_version"]
+            replace(profile, layer_sparsity_map=shares),
+            fields.parse_files(content["files"]),
+            fields.parse_source(content["source"]),
+            fields.parse_tables(content["checksum_tables"]),
+            fields.parse_permutation(content["neuron_permutation"], profile.num_layers, profile.ffn_dimension),
         )
-        if content["fingerprint"]["weights"] != manifest.weights_fingerprint:
+        fingerprint = mapping(content["fingerprint"], "fingerprint")
+        if fingerprint["weights"] != manifest.weights_fingerprint:
             raise ValueError("the weights' fingerprint is not that of the files listed")
-        if content["fingerprint"]["predictors"] != manifest.predictors_fingerprint:
+        if fingerprint["predictors"] != manifest.predictors_fingerprint:
             raise ValueError("the predictors' fingerprint is not that of the files listed")
         return manifest
 
@@ -177,20 +209,25 @@ def _fingerprint(content: Any) -> str:
 
 
 def check_size(store: Path, name: str, entry: FileEntry) -> None:
-    """Cheap check that a file is there and whole.
+    """Cheap check that a file is there and whole, before anything opens it.
 
     Raises:
-        DiskError: missing. ShardCorrupt: shorter or longer than the manifest says.
+        DiskError: missing, or no file in the store itself.
+        ShardCorrupt: shorter or longer than the manifest says, or never written.
     """
     path = store / name
     try:
-        nbytes = path.stat().st_size
+        found = stat_inside(store, name)
+    except DiskError:
+        raise
     except OSError as error:
         raise DiskError(f"{path}: file is missing; remove the store and convert the model again") from error
-    if nbytes != entry.nbytes:
+    if found.st_size != entry.nbytes:
         raise ShardCorrupt(
-            f"{path}: {nbytes} bytes, the manifest says {entry.nbytes}; remove the store and convert the model again"
+            f"{path}: {found.st_size} bytes, the manifest says {entry.nbytes}; "
+            "remove the store and convert the model again"
         )
+    require_written(path, found)
 
 
 def check_content(store: Path, name: str, entry: FileEntry) -> None:

@@ -32,8 +32,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from sparseflow.errors import DiskError, ShardCorrupt
+from sparseflow.store.checks import MOST_NBYTES, brief, shown, whole_number
 
 ALIGNMENT_NBYTES = 4096
+_MOST_DIMENSIONS = 8
 HEADER_LIMIT_NBYTES = 16 << 20  # far above any header of ours; a larger one is not read into memory
 
 ELEMENT_NBYTES: Mapping[str, int] = {"F16": 2, "BF16": 2, "F32": 4, "U64": 8, "I8": 1, "I16": 2}
@@ -128,8 +130,10 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()  # which writes what is left, and fails where the disk is full
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 def read_places(path: Path) -> dict[str, TensorPlace]:
@@ -173,23 +177,27 @@ def _places(header: bytes, size: int, path: Path) -> dict[str, TensorPlace]:
         return _parse_places(json.loads(header), 8 + len(header), size)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardCorrupt(
-            f"{path}: header does not describe this file ({error}); remove the store and convert the model again"
+            f"{path}: header does not describe this file ({brief(error)}); remove the store and convert the model again"
         ) from error
 
 
 def _parse_places(header: dict[str, dict[str, object]], data_start: int, size: int) -> dict[str, TensorPlace]:
+    if data_start % ALIGNMENT_NBYTES:
+        raise ValueError(f"data begins at byte {data_start}, no multiple of {ALIGNMENT_NBYTES}")
     header.pop("__metadata__", None)
     places: dict[str, TensorPlace] = {}
     expected = data_start
     for name, entry in header.items():
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
-            raise ValueError(f"tensor {name!r} is not described as a tensor")
-        if not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"tensor {name!r} has shape {shape}")
+            raise ValueError(f"tensor {shown(name)} is not described as a tensor")
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {shown(name)} has {len(shape)} dimensions, more than {_MOST_DIMENSIONS}")
+        for n in (*shape, *offsets):
+            whole_number(n, f"a size of tensor {shown(name)}", 0, MOST_NBYTES)
         spec = TensorSpec(name, dtype, tuple(shape))
         if [data_start + offset for offset in offsets] != [expected, expected + spec.nbytes]:
-            raise ValueError(f"tensor {name!r} lies at {offsets}, not where its shape puts it")
+            raise ValueError(f"tensor {shown(name)} lies at {shown(offsets)}, not where its shape puts it")
         places[name] = TensorPlace(spec, expected)
         expected += spec.nbytes
     if expected != size:

@@ -16,7 +16,7 @@ def tokenizer_of(model_files: Mapping[str, bytes]) -> "PreTrainedTokenizerBase":
     """Build the tokenizer from a source's `model_files`.
 
     Raises:
-        DiskError: the model came without one.
+        DiskError: the model came without one, or with files that make none.
     """
     from transformers import AutoTokenizer
 
@@ -27,8 +27,18 @@ def tokenizer_of(model_files: Mapping[str, bytes]) -> "PreTrainedTokenizerBase":
         )
     with tempfile.TemporaryDirectory() as folder:
         for name, content in model_files.items():
-            (Path(folder) / name).write_bytes(content)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            if Path(name).name == name:
+                (Path(folder) / name).write_bytes(content)
+        try:  # whatever the files say, no code of theirs is run, and nobody is asked whether it shall be
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # each class of tokenizers refuses in its own way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise DiskError(
+                f"the model's tokenizer files make no tokenizer ({reason}); put those of the checkpoint into the "
+                "checkpoint folder and convert again"
+            ) from error
     return tokenizer
 
 

@@ -32,6 +32,7 @@ PROFILE = ModelProfile(
     vocab_size=1000,
     dtype="bfloat16",
 )
+DEEP = replace(PROFILE, num_layers=12, ffn_dimension=3)
 FILES = {
     DENSE_NAME: FileEntry(1000, "00000000000000aa"),
     shard_name(0): FileEntry(2000, "00000000000000bb"),
@@ -62,9 +63,9 @@ def with_file(name: str, entry: FileEntry = FileEntry(1, "0000000000000001")) ->
     [
         MANIFEST,
         replace(MANIFEST, files={}),
-        replace(MANIFEST, neuron_permutation={layer: [2, 0, 1] for layer in range(12)}),
+        replace(MANIFEST, profile=DEEP, neuron_permutation={layer: [2, 0, 1] for layer in range(12)}),
         replace(MANIFEST, profile=replace(PROFILE, layer_sparsity_map={1: 0.25})),
-        replace(MANIFEST, profile=replace(PROFILE, layer_sparsity_map={2: 0.5, 10: 0.25})),
+        replace(MANIFEST, profile=replace(DEEP, layer_sparsity_map={2: 0.5, 10: 0.25})),
     ],
     ids=["plain", "no files", "permuted", "sparsity of one layer", "sparsity of layers 2 and 10"],
 )

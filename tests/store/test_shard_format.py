@@ -2,15 +2,13 @@
 
 import json
 import mmap
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 
 from sparseflow.errors import DiskError, ShardCorrupt
@@ -292,6 +290,15 @@ DAMAGED = {
     "fractional shape": with_entry(shape=[1.5, 4]),
     "shape as text": with_entry(shape="23"),
     "shape of text": with_entry(shape=["2", "3"]),
+    "shape of true": with_entry(shape=[True, 6]),
+    "shape of whole fractions": with_entry(shape=[2.0, 3.0]),
+    "shape of nothing and all": with_entry(shape=[0, 1 << 62], data_offsets=[0, 0]),
+    "shape of many dimensions": with_entry(shape=[1] * 7 + [2, 3]),
+    "offsets of true": with_entry(data_offsets=[False, 12]),
+    "offsets of whole fractions": with_entry(data_offsets=[0.0, 12.0]),
+    "infinite offset": with_entry(data_offsets=[0, float("inf")]),
+    "offset that is NaN": with_entry(data_offsets=[float("nan"), 12]),
+    "data that begins on no page": (len(SMALL_JSON) + 1).to_bytes(8, "little") + SMALL_JSON + b" " + SMALL_DATA,
 }
 
 
@@ -305,6 +312,16 @@ def test_damaged_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None
     assert "convert the model again" in str(caught.value)
 
 
+def test_shape_of_thousands_of_long_numbers_is_refused_before_they_are_multiplied(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(with_entry(shape=[10**4000 + 1] * 400))
+    started_s = time.perf_counter()
+    with pytest.raises(ShardCorrupt) as caught:
+        read_places(path)
+    assert time.perf_counter() - started_s < 2
+    assert len(str(caught.value)) < 1000
+
+
 def test_header_above_the_limit_is_refused_though_the_file_is_as_long(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with open(path, "wb") as file:
@@ -312,73 +329,3 @@ def test_header_above_the_limit_is_refused_though_the_file_is_as_long(tmp_path: 
         file.truncate(HEADER_LIMIT_NBYTES + 4096)
     with pytest.raises(ShardCorrupt, match=f"header of {HEADER_LIMIT_NBYTES + 1} bytes"):
         read_places(path)
-
-
-@pytest.fixture(scope="module")
-def write_scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], Path]:
-    path = tmp_path_factory.mktemp("scratch") / "file"
-
-    def write(content: bytes) -> Path:
-        path.write_bytes(content)
-        return path
-
-    return write
-
-
-def check_layout_or_refusal(path: Path) -> None:
-    """Either every tensor lies inside the file, one after the other to its end, or the refusal names the file."""
-    try:
-        places = read_places(path)
-    except DiskError as error:
-        if str(path) not in str(error):
-            raise
-        return
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    for name, place in places.items():
-        assert place.spec.name == name
-        assert all(n >= 0 for n in place.spec.shape)
-        assert place.offset == end
-        end += place.spec.nbytes
-    assert end == len(content)
-
-
-N_USED = 8 + len(SMALL_JSON)  # the rest of the header is padding
-edits = st.lists(st.tuples(st.integers(0, N_USED - 1), st.integers(0, 255)), min_size=1, max_size=6)
-
-
-@settings(max_examples=400, deadline=None, database=None)
-@given(edits=edits)
-def test_flipped_header_bytes_give_a_layout_inside_the_file_or_a_refusal(
-    write_scratch: Callable[[bytes], Path], edits: list[tuple[int, int]]
-) -> None:
-    content = bytearray(SMALL_FILE)
-    for position, value in edits:
-        content[position] = value
-    check_layout_or_refusal(write_scratch(bytes(content)))
-
-
-numbers = st.integers(-3, 40) | st.floats() | st.integers()
-shapes = st.lists(st.integers(-1, 6), max_size=3) | st.lists(numbers, max_size=2)
-anything = st.recursive(
-    st.none() | st.booleans() | numbers | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=8,
-)
-entries = st.fixed_dictionaries(
-    {},
-    optional={
-        "dtype": st.sampled_from([*ELEMENT_NBYTES, "F64", ""]) | anything,
-        "shape": shapes | anything,
-        "data_offsets": st.lists(st.integers(-2, 40), min_size=2, max_size=2) | anything,
-    },
-)
-headers = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]) | st.text(max_size=3), entries | anything)
-
-
-@settings(max_examples=300, deadline=None, database=None)
-@given(header=headers | anything, n_data=st.integers(0, 40))
-def test_any_json_header_gives_a_layout_inside_the_file_or_a_refusal(
-    write_scratch: Callable[[bytes], Path], header: object, n_data: int
-) -> None:
-    check_layout_or_refusal(write_scratch(file_of(json.dumps(header).encode(), bytes(n_data))))
