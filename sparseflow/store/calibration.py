@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from sparseflow.errors import BadRequest, ShardCorrupt
-from sparseflow.store.checks import MOST_OF_A_SIZE, brief, listing, mapping, number, shown, truth, whole_number
+from sparseflow.store.checks import MOST_OF_A_SIZE, listing, mapping, number, reason_of, shown, truth, whole_number
 from sparseflow.store.profile import ModelProfile
 
 PROFILE_NAME = "profile.json"
@@ -140,7 +140,7 @@ class Calibration:
         try:
             return cls._parse(json.loads(content), profile)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ShardCorrupt(f"{PROFILE_NAME}: {brief(error)}; calibrate the store again") from error
+            raise ShardCorrupt(f"{PROFILE_NAME}: {reason_of(error)}; calibrate the store again") from error
 
     @classmethod
     def _parse(cls, content: dict[str, Any], profile: ModelProfile) -> Self:

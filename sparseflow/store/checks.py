@@ -10,7 +10,6 @@ T = TypeVar("T")
 MOST_NBYTES = 1 << 50
 MOST_OF_A_SIZE = (1 << 31) - 1
 _SHOWN = 80  # characters of a value that an error repeats
-_LONGEST_REASON = 400
 
 
 def shown(value: object) -> str:
@@ -19,10 +18,9 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
-def brief(error: Exception) -> str:
-    """What an error says, cut where it repeats much of what it was given."""
-    text = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-    return text[:_LONGEST_REASON]
+def reason_of(error: Exception) -> str:
+    """What an error says; of a KeyError, in words."""
+    return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def whole_number(value: object, what: str, least: int, most: int) -> int:

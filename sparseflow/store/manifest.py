@@ -21,7 +21,7 @@ import xxhash
 
 from sparseflow.errors import DiskError, ShardCorrupt
 from sparseflow.store import manifest_fields as fields
-from sparseflow.store.checks import brief, mapping, shown
+from sparseflow.store.checks import mapping, reason_of, shown
 from sparseflow.store.codes import code_specs
 from sparseflow.store.profile import ModelProfile
 from sparseflow.store.shard_format import FileEntry, file_nbytes, hash_file, shard_specs
@@ -168,7 +168,7 @@ class Manifest:
             ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ShardCorrupt(
-                f"{path}: not a manifest ({brief(error)}); remove the store and convert the model again"
+                f"{path}: not a manifest ({reason_of(error)}); remove the store and convert the model again"
             ) from error
         if type(version) is not int or version != FORMAT_VERSION:
             raise DiskError(
@@ -178,7 +178,7 @@ class Manifest:
         try:
             return cls._parse(content)
         except (ValueError, KeyError) as error:
-            raise ShardCorrupt(f"{path}: {brief(error)}; remove the store and convert the model again") from error
+            raise ShardCorrupt(f"{path}: {reason_of(error)}; remove the store and convert the model again") from error
 
     @classmethod
     def _parse(cls, content: dict[str, Any]) -> "Manifest":

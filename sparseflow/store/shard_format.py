@@ -32,7 +32,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from sparseflow.errors import DiskError, ShardCorrupt
-from sparseflow.store.checks import MOST_NBYTES, brief, shown, whole_number
+from sparseflow.store.checks import MOST_NBYTES, reason_of, shown, whole_number
 
 ALIGNMENT_NBYTES = 4096
 _MOST_DIMENSIONS = 8
@@ -177,7 +177,8 @@ def _places(header: bytes, size: int, path: Path) -> dict[str, TensorPlace]:
         return _parse_places(json.loads(header), 8 + len(header), size)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardCorrupt(
-            f"{path}: header does not describe this file ({brief(error)}); remove the store and convert the model again"
+            f"{path}: header does not describe this file ({reason_of(error)}); "
+            "remove the store and convert the model again"
         ) from error
 
 
@@ -191,6 +192,8 @@ def _parse_places(header: dict[str, dict[str, object]], data_start: int, size: i
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
             raise ValueError(f"tensor {shown(name)} is not described as a tensor")
+        if dtype not in ELEMENT_NBYTES:
+            raise ValueError(f"tensor {shown(name)} is of {shown(dtype)}, not of {', '.join(ELEMENT_NBYTES)}")
         if len(shape) > _MOST_DIMENSIONS:
             raise ValueError(f"tensor {shown(name)} has {len(shape)} dimensions, more than {_MOST_DIMENSIONS}")
         for n in (*shape, *offsets):

@@ -47,6 +47,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "tokens are negative": (lambda c: c.update(tokens=-1), "tokens is -1"),
     "one recall": (lambda c: c.update(recalls=[0.9]), "recalls"),
     "recalls that are equal": (lambda c: c.update(recalls=[0.9, 0.9]), "do not ascend"),
+    "recalls of which two are equal": (lambda c: c.update(recalls=[0.8, 0.8, 0.9]), "do not ascend"),
     "recalls that descend": (lambda c: c.update(recalls=[0.9, 0.8]), "do not ascend"),
     "recalls of all": (lambda c: c.update(recalls=[0.8, 1.0]), "do not ascend"),
     "recalls as an object": (lambda c: c.update(recalls={"0.8": 1}), "recalls is"),

@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from sparseflow.cli import info, verify
 from sparseflow.errors import DiskError, ShardCorrupt
 from sparseflow.store.manifest import DENSE_NAME, MANIFEST_NAME, predictor_name, shard_name
 from sparseflow.store.shard_format import FileEntry, hash_file
+from sparseflow.store.stored_files import require_written
 
 PATIENCE_S = 20.0
 FILES = (DENSE_NAME, shard_name(1), predictor_name(0), "config.json", "generation_config.json", MANIFEST_NAME)
@@ -255,6 +257,15 @@ def test_status_of_a_server_does_not_open_what_is_no_file(
 # --- sizes
 
 
+@all_openers
+def test_store_that_lists_no_neurons_is_refused(opener: Callable[[Path], None], store: Path) -> None:
+    def change(content: Any) -> None:
+        content["files"] = {name: entry for name, entry in content["files"].items() if not name.startswith("neurons/")}
+
+    forge(store, change)
+    assert f"{store / MANIFEST_NAME}: 2 parts are not listed, {shard_name(0)} first" in refusal(opener, store)
+
+
 def claim(store: Path, name: str, nbytes: int) -> None:
     forge(store, lambda content: content["files"][name].update(nbytes=nbytes))
 
@@ -284,6 +295,18 @@ def test_file_with_some_holes_is_taken(store: Path) -> None:
         file.truncate(nbytes)
     relist(store, "more.bin")
     by_mapping(store)
+
+
+def test_file_without_holes_is_taken_where_the_disk_says_that_it_takes_none(tmp_path: Path) -> None:
+    """As some disks do that lie elsewhere, or compress."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (16 << 20))
+    told: Any = SimpleNamespace(st_size=16 << 20, st_blocks=0)
+    require_written(path, told)
+    os.truncate(path, 1)
+    os.truncate(path, 16 << 20)
+    with pytest.raises(ShardCorrupt, match="of which 0 were ever written"):
+        require_written(path, told)
 
 
 def in_less_memory(call: Callable[[], Any]) -> Any:
