@@ -393,8 +393,11 @@ class Soak:
             "minutes": self.arguments.minutes,
             "clients": self.arguments.clients,
             "seed": self.arguments.seed,
-            "requests": self.done["generated"] + self.done["held"] + self.done["refused"],
-            **{name: self.done[name] for name in ("generated", "tokens", "held", "bundles", "refused")},
+            "requests": sum(self.done[name] for name in ("generated", "held", "looked through", "refused")),
+            **{
+                name: self.done[name]
+                for name in ("generated", "tokens", "held", "looked through", "bundles", "refused")
+            },
             "refused_by": {name: n for name, n in self.done.items() if name[0].isupper()},
             "turned_away": self.done["turned away"],
             "disturbances": dict(self.deeds),
@@ -430,7 +433,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=3, help="at a time; default: %(default)s")
     parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="default: another one each time")
     parser.add_argument("--every-s", type=float, default=4.0, help="seconds between disturbances; default: %(default)s")
-    parser.add_argument("--fault-rate", type=float, default=2e-5, help="reads that go wrong; default: %(default)s")
+    parser.add_argument("--fault-rate", type=float, default=1e-5, help="reads that go wrong; default: %(default)s")
     parser.add_argument("--cpu-cache-ratio", type=float, default=0.1, help="of the server; default: %(default)s")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()

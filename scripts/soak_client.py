@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from transformers.generation.streamers import BaseStreamer
 
 from sparseflow import SparseOPTForCausalLM
+from sparseflow.core.weight_source import HostBundles
 from sparseflow.engine.resident import ResidentShards
 from sparseflow.errors import DiskError, Draining, ServerNotRunning
 from sparseflow.store.manifest import Manifest
@@ -79,24 +81,42 @@ class Client:
 
     def hold(self) -> dict[str, Any]:
         """Lease some bundles for a while: they must be those of the files, when they come and before they go."""
-        source, profile = self.model.source, self.model.source.profile
-        layer = self.choice.randrange(profile.num_layers)
-        most = min(source.fetch_limit, profile.ffn_dimension)
-        neurons = sorted(self.choice.sample(range(profile.ffn_dimension), self.choice.randint(1, most)))
-        ids = np.array(neurons, np.uint32)
-        wanted = np.asarray(self.files.layer(layer)).view(np.uint8).reshape(-1, profile.bundle_nbytes)[ids]
-        with source.fetch(layer, ids) as fetch:
-            bundles = fetch.wait(WAIT_S)
-            raw = bundles.base.view(torch.uint8).reshape(-1, profile.bundle_nbytes).numpy()
-            is_right = [np.array_equal(raw[bundles.slots], wanted)]
+        layer, ids = self._some_layer(), self._neurons()
+        ids = np.sort(self.choice.sample(ids.tolist(), self.choice.randint(1, self._most()))).astype(np.uint32)
+        with self.model.source.fetch(layer, ids) as fetch:
+            is_right = [self._are_those_of_files(fetch.wait(WAIT_S), layer, ids)]
             time.sleep(self.choice.uniform(0, HELD_S))
-            is_right.append(np.array_equal(raw[bundles.slots], wanted))
+            is_right.append(self._are_those_of_files(fetch.wait(WAIT_S), layer, ids))
         return {"did": "held", "bundles": len(ids), "wrong": not all(is_right)}
+
+    def look_through(self) -> dict[str, Any]:
+        """All bundles of a layer, those in the arena and those on disk, beside the files."""
+        layer, is_right = self._some_layer(), []
+        for first in range(0, len(self._neurons()), self._most()):
+            ids = self._neurons()[first : first + self._most()]
+            with self.model.source.fetch(layer, ids, keep=False) as fetch:
+                is_right.append(self._are_those_of_files(fetch.wait(WAIT_S), layer, ids))
+        return {"did": "looked through", "bundles": len(self._neurons()), "wrong": not all(is_right)}
+
+    def _some_layer(self) -> int:
+        return self.choice.randrange(self.model.source.profile.num_layers)
+
+    def _neurons(self) -> NDArray[np.uint32]:
+        return np.arange(self.model.source.profile.ffn_dimension, dtype=np.uint32)
+
+    def _most(self) -> int:
+        return min(self.model.source.fetch_limit, self.model.source.profile.ffn_dimension)
+
+    def _are_those_of_files(self, bundles: HostBundles, layer: int, ids: NDArray[np.uint32]) -> bool:
+        nbytes = self.model.source.profile.bundle_nbytes
+        raw = bundles.base.view(torch.uint8).reshape(-1, nbytes).numpy()
+        return bool(np.array_equal(raw[bundles.slots], self.files.layer(layer)[ids]))
 
     def next(self) -> dict[str, Any]:
         """Do something; what became of it."""
-        deeds: list[Callable[[], dict[str, Any]]] = [self.generate, self.generate_slowly, self.hold]
-        deed = self.choice.choices(deeds, (7, 1, 2))[0]
+        deeds: list[Callable[[], dict[str, Any]]]
+        deeds = [self.generate, self.generate_slowly, self.hold, self.look_through]
+        deed = self.choice.choices(deeds, (6, 1, 2, 4))[0]
         try:
             told = deed()
         except DiskError as error:  # a read that went wrong, by its name; all others end this process
