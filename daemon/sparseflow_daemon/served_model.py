@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparseflow.engine.engine import Engine
-from sparseflow.engine.memory_plan import AUTO_SHARE, fixed_nbytes, free_memory, plan_memory
+from sparseflow.engine.memory_plan import AUTO_SHARE, fixed_nbytes, free_memory, plan_memory, total_memory
 from sparseflow.engine.shared_memory import SharedMemory, read_into
 from sparseflow.errors import BadRequest, Draining, NotEnoughMemory, SparseFlowError
 from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION
@@ -193,10 +193,27 @@ def open_models(config: ServerConfig) -> dict[str, ServedModel]:
                 "by another server"
             )
         models[model.name] = model
-    taken, free = sum(model.planned_nbytes for model in models.values()), free_memory()
-    if taken > free:
-        raise NotEnoughMemory(
-            f"{format_size(taken)} of shared memory are to be taken from {format_size(allowed)}, free are "
-            f"{format_size(free)}; free some, or give less (--memory)"
-        )
+    _require_room(sum(model.planned_nbytes for model in models.values()))
     return models
+
+
+def _require_room(nbytes: int) -> None:
+    """Before any is taken: shared memory cannot be given back under pressure, so that processes would be killed.
+
+    Less than is free will do: clients of a server that died hold its memory until this one takes them over.
+
+    Raises:
+        NotEnoughMemory: it can never be had here.
+    """
+    free, total = free_memory(), total_memory()
+    if nbytes > total:
+        raise NotEnoughMemory(
+            f"{format_size(nbytes)} of shared memory are asked for, this machine has {format_size(total)}; "
+            "give less (--memory)"
+        )
+    if nbytes > free:
+        _log.warning(
+            "%s of shared memory are asked for, %s are free now; if no more gets free, processes will be killed: "
+            "give less (--memory)",
+            *(format_size(nbytes), format_size(free)),
+        )

@@ -100,6 +100,11 @@ def free_memory() -> int:
     return min([psutil.virtual_memory().available, *_cgroup_rooms()])
 
 
+def total_memory() -> int:
+    """Bytes of the machine's memory."""
+    return psutil.virtual_memory().total
+
+
 def _cgroup_rooms() -> list[int]:
     """What each memory cgroup that this process is in leaves; page cache that can be reclaimed counts as free."""
     try:

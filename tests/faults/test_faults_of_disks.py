@@ -182,21 +182,30 @@ def test_12_memory_that_does_not_hold_a_model_is_refused_with_both_sizes(host: H
         assert part in line
 
 
-LITTLE_IS_FREE = """
-import sys
+SMALL_MACHINE = """
+import os, sys
 from sparseflow_daemon import served_model
 from sparseflow_daemon.__main__ import main
 served_model.free_memory = lambda: 50_000
+served_model.total_memory = lambda: int(os.environ["TOTAL"])
 sys.exit(main())
 """
 
 
-def test_12_more_memory_than_is_free_is_not_taken(host: Host, shards: ServedShards) -> None:
-    """Shared memory cannot be given back under pressure: whoever takes too much is killed, or others are."""
-    server = host.begin(shards.folder, program=["-c", LITTLE_IS_FREE], memory="1GiB")
+def test_12_more_memory_than_the_machine_has_is_refused_before_any_is_taken(host: Host, shards: ServedShards) -> None:
+    server = host.begin(shards.folder, program=["-c", SMALL_MACHINE], memory="1GiB", variables={"TOTAL": "60000"})
     assert server.wait() == EXIT_FAILED
     (line,) = server.log().splitlines()
-    assert re.search(r"to be taken from 1GiB, free are 48\.83KiB; free some, or give less \(--memory\)", line), line
+    assert re.search(
+        r"[\d.]+KiB of shared memory are asked for, this machine has 58\.59KiB; give less \(--memory\)", line
+    )
+
+
+def test_12_more_memory_than_is_free_now_is_warned_of(host: Host, shards: ServedShards) -> None:
+    """What a dead server's clients hold gets free when they come over."""
+    server = host.begin(shards.folder, program=["-c", SMALL_MACHINE], memory="1GiB", variables={"TOTAL": "600000"})
+    server.wait_for("ready")
+    assert "of shared memory are asked for, 48.83KiB are free now" in server.log()
 
 
 MEMORY_IS_REFUSED = """
