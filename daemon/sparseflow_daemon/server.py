@@ -3,12 +3,10 @@
 Loading models is left to a thread, so that status is answered from the first moment on.
 """
 
-import errno
 import gc
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow_daemon import status
 from sparseflow_daemon.admission import Greeting, greet, model_for, open_session, require_own
 from sparseflow_daemon.config import ServerConfig
+from sparseflow_daemon.door import Door
 from sparseflow_daemon.gpu.children import GpuChildren
 from sparseflow_daemon.gpu.lending import Lending
 from sparseflow_daemon.gpu.pushing import Pushing
@@ -47,8 +46,6 @@ _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _WAITING_TICK_S = 0.05  # while some request waits for something that has a deadline
 _MOST_AT_ONCE = 64  # messages between two looks at everything else
-_BACKLOG = 64
-_MOST_UNREAD = 4  # packets that whoever is refused may have sent
 _LOADER_TIMEOUT_S = 1.0
 
 
@@ -76,20 +73,16 @@ class Server:
         self._greetings: set[Greeting] = set()
         self._drained_by_s = float("inf")
         self._next_look_s = 0.0
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        self._listener.bind(str(directory.attach_socket))
-        self._listener.listen(_BACKLOG)
+        self._door = Door(directory.attach_socket, self.epoch)
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         for option, value in ((zmq.LINGER, 0), (zmq.ROUTER_MANDATORY, 1), (zmq.MAXMSGSIZE, MOST_NBYTES)):
             self._router.setsockopt(option, value)
         self._router.bind(directory.ctl_endpoint)
-        for path in (directory.attach_socket, directory.ctl_socket):
-            path.chmod(0o600)
-        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        directory.ctl_socket.chmod(0o600)
         self._loaded_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self.loop.watch(self._loaded_fd, self._on_loaded)
-        self.loop.watch(self._listener.fileno(), self._accept)
+        self.loop.watch(self._door.fileno(), self._accept)
         self.loop.watch(self._router.fileno(), self._answer_questions)
 
     @property
@@ -142,10 +135,7 @@ class Server:
             self._end(session)
         for greeting in list(self._greetings):
             self._dismiss(greeting)
-        self._listener.close()
-        if self._spare_fd >= 0:
-            os.close(self._spare_fd)
-            self._spare_fd = -1
+        self._door.close()
         self._context.destroy(linger=0)
         self.children.close()
         self.loop.close()
@@ -269,36 +259,16 @@ class Server:
     # --- sessions
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away_for_want_of_descriptors()
-            else:
-                _log.warning("a connection could not be taken: %s", error)
+        sock = self._door.take()
+        if sock is None:
             return
-        sock.setblocking(False)
         try:
             greeting = greet(sock)
         except NotPermitted as error:
-            self._refuse(sock, error)
+            self._door.refuse(sock, error)
             return
         self._greetings.add(greeting)
         self.loop.watch(sock.fileno(), lambda: self._on_greeting(greeting))
-
-    def _turn_away_for_want_of_descriptors(self) -> None:
-        """A connection that is not taken would call the loop again and again; so the spare descriptor takes it."""
-        os.close(self._spare_fd)
-        with suppress(OSError):
-            sock, _ = self._listener.accept()
-            self._refuse(
-                sock,
-                ServerError(
-                    f"server {self.directory.name!r} (pid {os.getpid()}) has as many files open as it may; close "
-                    "sessions, or start it after a larger `ulimit -n`"
-                ),
-            )
-        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _on_greeting(self, greeting: Greeting) -> None:
         try:
@@ -403,16 +373,7 @@ class Server:
     def _turn_away(self, greeting: Greeting, error: SparseFlowError) -> None:
         self.loop.unwatch(greeting.sock.fileno())
         self._greetings.discard(greeting)
-        self._refuse(greeting.sock, error)
-
-    def _refuse(self, sock: socket.socket, error: SparseFlowError) -> None:
-        with suppress(OSError, SparseFlowError):
-            send_packet(sock, self._error(0, error))
-        with suppress(OSError):  # what is closed with something unread takes the reply back
-            sock.setblocking(False)
-            for _ in range(_MOST_UNREAD):
-                sock.recv(1)
-        sock.close()
+        self._door.refuse(greeting.sock, error)
 
     def _dismiss(self, greeting: Greeting) -> None:
         self.loop.unwatch(greeting.sock.fileno())
