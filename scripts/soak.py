@@ -13,13 +13,13 @@ the end: no process, descriptor, thread, piece of shared memory, lease or file.
 import argparse
 import contextlib
 import heapq
+import itertools
 import json
 import os
 import random
 import secrets
 import selectors
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -27,11 +27,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from soak_processes import DEADLINE_S, RUNTIME_DIR, SoakError, Taking, opened, ours, runtime_dir, start
 
 from sparseflow.errors import ServerError
 from sparseflow.protocol.inquiry import ask_status
@@ -39,18 +39,13 @@ from sparseflow.protocol.run_directory import RunDirectory
 
 SCRIPTS = Path(__file__).parent
 DEMO_MODEL = SCRIPTS.parent / "sparseflow" / "assets" / "demo_model"
-RUNTIME_DIR, FAULT = "SPARSEFLOW_RUNTIME_DIR", "SPARSEFLOW_FAULT"
+FAULT = "SPARSEFLOW_FAULT"
 NAME = "soak"
 POINTS = ("read-error", "read-short", "read-corrupt")
 N_PROMPTS = 64
 LEAST_MARGIN = 1e-3  # between the two best logits: nearer ones may change places with the order of a sum
-DEADLINE_S = 120.0
 POLL_S = 0.2
 GONE_WITHIN_S = 2.0
-
-
-class SoakError(Exception):
-    """Something that must not happen."""
 
 
 # --- what must come out
@@ -91,39 +86,6 @@ def make_store(folder: Path) -> Path:
     return convert(Checkpoint(DEMO_MODEL), folder / "store", dtype="float32", quiet=True)
 
 
-# --- who takes part
-
-
-@dataclass(eq=False)
-class Taking:
-    """A process of the soak, and where it writes what it complains of."""
-
-    process: "subprocess.Popen[bytes]"
-    log: Path
-    heard: bytes = b""
-    first: dict[str, int] = field(default_factory=dict)
-    """Descriptors and threads once it had done everything once."""
-    n_told: int = 0
-    is_stopped: bool = False
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self.process.pid
-
-    def last_words(self) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text("utf-8", errors="replace").strip().splitlines()[-12:])
-
-
-def opened(pid: int) -> dict[str, int]:
-    """What a process has open."""
-    process = psutil.Process(pid)
-    maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
-    n_shared = sum("/memfd:sparseflow" in line for line in maps)
-    return {"fds": process.num_fds(), "threads": process.num_threads(), "shared maps": n_shared}
-
-
 class Soak:
     """The whole of it: one thread, one loop."""
 
@@ -140,7 +102,7 @@ class Soak:
         self._selector = selectors.DefaultSelector()
         self._clients: list[Taking] = []
         self._later: list[tuple[float, int, Callable[[], None]]] = []
-        self._n_started = 0
+        self._numbers = itertools.count(1)
         self._reads_failed: Counter[str] = Counter()  # of this server
         self._before = {path.name for path in Path("/dev/shm").iterdir()}
         self._store, self._expected = make_store(folder), folder / "expected.json"
@@ -186,10 +148,8 @@ class Soak:
     def kill_a_client(self) -> None:
         """Its session must be gone soon."""
         victim = self._clients.pop(self.choice.randrange(len(self._clients)))
-        self._selector.unregister(self._stdout(victim))
-        victim.process.kill()
-        victim.process.wait(DEADLINE_S)
-        self._close_pipes(victim)
+        self._selector.unregister(victim.process.stdout)
+        victim.kill()
         begin = time.monotonic()
         while not self._server.is_stopped:
             with contextlib.suppress(ServerError):
@@ -220,16 +180,12 @@ class Soak:
 
     def kill_the_server(self) -> None:
         """As nothing else does; the next one begins at once."""
-        self._server.process.kill()
-        self._server.process.wait(DEADLINE_S)
+        self._server.kill()
         self._replace_server()
 
     def end_the_server(self) -> None:
         """It is told to, and must end well though its clients go on asking."""
-        self._go_on(self._server)
-        self._server.process.terminate()
-        if code := self._server.process.wait(DEADLINE_S):
-            raise SoakError(f"the server ended with {code}\n{self._server.last_words()}")
+        self._server.end()
         self._replace_server()
 
     def _replace_server(self) -> None:
@@ -239,24 +195,13 @@ class Soak:
 
     def _stop(self, who: Taking, seconds: float) -> None:
         if not who.is_stopped:
-            who.is_stopped = True
-            who.process.send_signal(signal.SIGSTOP)
-            self._n_started += 1
-            heapq.heappush(self._later, (time.monotonic() + seconds, self._n_started, lambda: self._go_on(who)))
-
-    def _go_on(self, who: Taking) -> None:
-        who.is_stopped = False
-        with contextlib.suppress(ProcessLookupError):
-            who.process.send_signal(signal.SIGCONT)
+            who.stop()
+            heapq.heappush(self._later, (time.monotonic() + seconds, next(self._numbers), who.go_on))
 
     # --- what they do
 
-    def _start(self, words: list[str], **pipes: int) -> Taking:
-        self._n_started += 1
-        log = self.folder / "logs" / f"{self._n_started:05d}.log"
-        with open(log, "wb") as output:
-            process = subprocess.Popen([sys.executable, *words], stderr=output, **{"stdout": output, **pipes})
-        return Taking(process, log)
+    def _log(self) -> Path:
+        return self.folder / "logs" / f"{next(self._numbers):05d}.log"
 
     def _start_server(self) -> Taking:
         rate = self.arguments.fault_rate
@@ -267,7 +212,8 @@ class Soak:
             "--max-sessions": self.arguments.clients + 1,  # one that was killed may be there for a moment
         }
         words = [str(word) for option in options.items() for word in option]
-        server = self._start(["-m", "sparseflow_daemon", str(self._store), *words], stdin=subprocess.DEVNULL)
+        words = ["-m", "sparseflow_daemon", str(self._store), *words]
+        server = start(self._log(), words, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + DEADLINE_S
         while True:
             with contextlib.suppress(ServerError):
@@ -282,9 +228,9 @@ class Soak:
         given = {"server": NAME, "store": str(self._store), "expected": str(self._expected)}
         given["seed"] = str(self.choice.randrange(1 << 32))
         words = [str(SCRIPTS / "soak_client.py"), json.dumps(given)]
-        client = self._start(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        client = start(self._log(), words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._clients.append(client)
-        self._selector.register(self._stdout(client), selectors.EVENT_READ, client)
+        self._selector.register(client.process.stdout, selectors.EVENT_READ, client)
 
     def _listen(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):
@@ -361,9 +307,7 @@ class Soak:
             self.left.append(f"{len(status['sessions'])} sessions, {status['arena']['leased']} bytes leased")
         if (now := self._settled()) != self._unused:
             self.left.append(f"in the server: {now}, {self._unused} before anybody came")
-        self._server.process.terminate()
-        if code := self._server.process.wait(DEADLINE_S):
-            raise SoakError(f"the server ended with {code}\n{self._server.last_words()}")
+        self._server.end()
         self.faults += self._reads_failed
         self.left += [f"in the runtime directory: {path.name}" for path in runtime_dir().iterdir()]
         self.left += [f"/dev/shm/{path.name}" for path in Path("/dev/shm").iterdir() if path.name not in self._before]
@@ -372,20 +316,11 @@ class Soak:
     def _hear_out(self, client: Taking) -> None:
         """The last that a client has said before it ended."""
         self._clients.remove(client)
-        self._selector.unregister(self._stdout(client))
-        rest = client.heard + self._stdout(client).read()
+        self._selector.unregister(client.process.stdout)
+        rest = client.heard + client.process.stdout.read()
         for line in rest.splitlines():
             self._note(client, json.loads(line))
-        self._close_pipes(client)
-
-    def _stdout(self, client: Taking) -> Any:
-        return client.process.stdout
-
-    def _close_pipes(self, client: Taking) -> None:
-        for pipe in (client.process.stdin, client.process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        client.close_pipes()
 
     def report(self) -> dict[str, Any]:
         """All figures."""
@@ -409,21 +344,6 @@ class Soak:
             "leaked": len(self.left),
             "what": [*self.wrong[:10], *self.left[:10]],
         }
-
-
-def runtime_dir() -> Path:
-    """Where the sockets of this soak are."""
-    return Path(os.environ[RUNTIME_DIR])
-
-
-def ours() -> list[psutil.Process]:
-    """Processes that live and were started for this soak, by whomever."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get(RUNTIME_DIR) == str(runtime_dir()):
-                found.append(process)
-    return found
 
 
 def parse() -> argparse.Namespace:
