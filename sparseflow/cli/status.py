@@ -65,6 +65,7 @@ def page(content: dict[str, Any]) -> str:
         f"{_size(arena['filling'])} filling; hit rate {_share(content['hit_rate'])}, {content['evictions']} evictions",
         f"  disk       {_size(disk['bytes'])} in {disk['reads']} reads of {_number(disk['bundles_per_read'])} bundles; "
         f"a layer's take {_ms(disk['latency_p50_s'])}, at worst {_ms(disk['latency_p99_s'])} (99 %)",
+        *(f"    {reason}" for reason in disk["reasons"]),
         f"  prefetch   {prefetch['hinted']} bundles: {prefetch['useful']} useful, {prefetch['late']} late, "
         f"{prefetch['wasted']} wasted",
     ]

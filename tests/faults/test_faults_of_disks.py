@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from processes import DEADLINE_S, Host, ServerProcess, until
 from served_shards import ServedShards
 
+from sparseflow.cli.status import page
 from sparseflow.client.weight_client import WeightClient
 from sparseflow.engine.faulty_reads import VARIABLE
 from sparseflow.errors import DiskError, ShardCorrupt
@@ -257,4 +258,7 @@ def test_25_hint_that_fails_is_read_again_by_whoever_asks_and_gives_right_bytes_
 
 def test_25_server_whose_reads_fail_on_purpose_says_so(host: Host, shards: ServedShards) -> None:
     server = host.serve(shards.folder, cpu_cache_ratio=shards.ratio(60), variables={VARIABLE: "read-error:0:1"})
-    assert server.status()["disk"]["reasons"][-1] == f"reads go wrong on purpose: {VARIABLE}=read-error:0:1"
+    text = f"reads go wrong on purpose: {VARIABLE}=read-error:0:1"
+    status = server.status()
+    assert status["disk"]["reasons"][-1] == text
+    assert f"    {text}\n" in page(status)
