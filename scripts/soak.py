@@ -31,7 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from soak_processes import DEADLINE_S, RUNTIME_DIR, SoakError, Taking, opened, ours, runtime_dir, start
+from soak_processes import (
+    DEADLINE_S,
+    RUNTIME_DIR,
+    Participant,
+    SoakError,
+    descriptors_of,
+    named_shared_memory,
+    ours,
+    runtime_dir,
+    start,
+)
 
 from sparseflow.errors import ServerError
 from sparseflow.protocol.inquiry import ask_status
@@ -100,11 +110,11 @@ class Soak:
         self.wrong: list[str] = []
         self.left: list[str] = []
         self._selector = selectors.DefaultSelector()
-        self._clients: list[Taking] = []
+        self._clients: list[Participant] = []
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count(1)
         self._reads_failed: Counter[str] = Counter()  # of this server
-        self._before = {path.name for path in Path("/dev/shm").iterdir()}
+        self._before = named_shared_memory()
         self._store, self._expected = make_store(folder), folder / "expected.json"
         expected_texts(arguments.seed, self._expected)
         self._server = self._start_server()
@@ -131,7 +141,7 @@ class Soak:
         self._end()
 
     def _disturb(self) -> None:
-        deeds: dict[Callable[[], None], float] = {
+        deeds: dict[Callable[[], bool], float] = {
             self.kill_a_client: 35,
             self.stop_a_client: 30,
             self.send_junk: 20,
@@ -140,70 +150,75 @@ class Soak:
             self.stop_the_server: 5,
         }
         deed = self.choice.choices(list(deeds), list(deeds.values()))[0]
-        self.deeds[deed.__name__] += 1
-        deed()
+        if deed():
+            self.deeds[deed.__name__] += 1
 
-    # --- what is done to them
+    # --- what is done to them; false where there was nothing to do it to
 
-    def kill_a_client(self) -> None:
+    def kill_a_client(self) -> bool:
         """Its session must be gone soon."""
         victim = self._clients.pop(self.choice.randrange(len(self._clients)))
         self._selector.unregister(victim.process.stdout)
         victim.kill()
         begin = time.monotonic()
         while not self._server.is_stopped:
-            with contextlib.suppress(ServerError):
-                if victim.pid not in {session["pid"] for session in self._status()["sessions"]}:
-                    break
+            if victim.pid not in {session["pid"] for session in self._status()["sessions"]}:
+                self.slowest["session_gone_s"] = max(self.slowest["session_gone_s"], time.monotonic() - begin)
+                break
             if time.monotonic() - begin > GONE_WITHIN_S:
                 self.left.append(f"the session of a killed client for more than {GONE_WITHIN_S:g} s")
                 break
             time.sleep(0.01)
-        self.slowest["session_gone_s"] = max(self.slowest["session_gone_s"], time.monotonic() - begin)
         self._start_client()
+        return True
 
-    def stop_a_client(self) -> None:
+    def stop_a_client(self) -> bool:
         """For some seconds; others go on."""
-        self._stop(self.choice.choice(self._clients), self.choice.uniform(0.5, 8))
+        return self._stop(self.choice.choice(self._clients), self.choice.uniform(0.5, 8))
 
-    def stop_the_server(self) -> None:
+    def stop_the_server(self) -> bool:
         """Clients wait for it."""
-        self._stop(self._server, self.choice.uniform(0.2, 3))
+        return self._stop(self._server, self.choice.uniform(0.2, 3))
 
-    def send_junk(self) -> None:
+    def send_junk(self) -> bool:
         """Strangers that speak no word of the protocol, or hang up in the middle of it."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.settimeout(1)
             sock.connect(str(RunDirectory.of(NAME).attach_socket))
             for _ in range(self.choice.randint(0, 4)):
                 sock.send(self.choice.randbytes(self.choice.choice((1, 20, 5000))))
+            return True
+        return False
 
-    def kill_the_server(self) -> None:
+    def kill_the_server(self) -> bool:
         """As nothing else does; the next one begins at once."""
         self._server.kill()
-        self._replace_server()
+        return self._replace_server()
 
-    def end_the_server(self) -> None:
+    def end_the_server(self) -> bool:
         """It is told to, and must end well though its clients go on asking."""
         self._server.end()
-        self._replace_server()
+        return self._replace_server()
 
-    def _replace_server(self) -> None:
+    def _replace_server(self) -> bool:
         self.faults += self._reads_failed
         self._reads_failed = Counter()
         self._server = self._start_server()
+        return True
 
-    def _stop(self, who: Taking, seconds: float) -> None:
-        if not who.is_stopped:
-            who.stop()
-            heapq.heappush(self._later, (time.monotonic() + seconds, next(self._numbers), who.go_on))
+    def _stop(self, who: Participant, seconds: float) -> bool:
+        if who.is_stopped:
+            return False
+        who.stop()
+        heapq.heappush(self._later, (time.monotonic() + seconds, next(self._numbers), who.go_on))
+        return True
 
     # --- what they do
 
     def _log(self) -> Path:
         return self.folder / "logs" / f"{next(self._numbers):05d}.log"
 
-    def _start_server(self) -> Taking:
+    def _start_server(self) -> Participant:
         rate = self.arguments.fault_rate
         os.environ[FAULT] = ",".join(f"{point}:{rate}:{self.choice.randrange(1 << 31)}" for point in POINTS)
         options = {
@@ -234,7 +249,7 @@ class Soak:
 
     def _listen(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):
-            client: Taking = key.data
+            client: Participant = key.data
             said = os.read(key.fd, 1 << 16)
             if not said:
                 code = client.process.wait(DEADLINE_S)
@@ -243,7 +258,7 @@ class Soak:
             for line in lines:
                 self._note(client, json.loads(line))
 
-    def _note(self, client: Taking, told: dict[str, Any]) -> None:
+    def _note(self, client: Participant, told: dict[str, Any]) -> None:
         self.done[told["did"]] += 1
         for what in ("tokens", "bundles"):
             self.done[what] += told.get(what, 0)
@@ -282,9 +297,9 @@ class Soak:
         """What the server has open once that stays."""
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
-            before = opened(self._server.pid)
+            before = descriptors_of(self._server.pid)
             time.sleep(0.5)
-            if opened(self._server.pid) == before:
+            if descriptors_of(self._server.pid) == before:
                 return before
         raise SoakError("what the server has open does not settle")
 
@@ -310,10 +325,10 @@ class Soak:
         self._server.end()
         self.faults += self._reads_failed
         self.left += [f"in the runtime directory: {path.name}" for path in runtime_dir().iterdir()]
-        self.left += [f"/dev/shm/{path.name}" for path in Path("/dev/shm").iterdir() if path.name not in self._before]
+        self.left += [str(path) for path in named_shared_memory() - self._before]
         self.left += [f"process {process.pid}" for process in ours()]
 
-    def _hear_out(self, client: Taking) -> None:
+    def _hear_out(self, client: Participant) -> None:
         """The last that a client has said before it ended."""
         self._clients.remove(client)
         self._selector.unregister(client.process.stdout)
@@ -374,8 +389,8 @@ def main() -> int:
     try:
         soak = Soak(arguments, folder)
         soak.run()
-    except (SoakError, ServerError) as error:
-        failure = str(error)
+    except Exception as error:  # what was counted until then is told all the same
+        failure = f"{type(error).__name__}: {error}"
     finally:
         for process in ours():
             with contextlib.suppress(psutil.Error):

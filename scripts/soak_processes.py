@@ -19,7 +19,7 @@ class SoakError(Exception):
 
 
 @dataclass(eq=False)
-class Taking:
+class Participant:
     """A process of the soak, and where it writes what it complains of."""
 
     process: "subprocess.Popen[bytes]"
@@ -75,15 +75,15 @@ class Taking:
                     pipe.close()
 
 
-def start(log: Path, words: list[str], **pipes: int) -> Taking:
+def start(log: Path, words: list[str], **pipes: int) -> Participant:
     """A program for this Python. pipes: `stdin` and `stdout`, as `Popen` takes them."""
     with open(log, "wb") as output:
         process = subprocess.Popen([sys.executable, *words], stderr=output, **{"stdout": output, **pipes})
-    return Taking(process, log)
+    return Participant(process, log)
 
 
-def opened(pid: int) -> dict[str, int]:
-    """What a process has open."""
+def descriptors_of(pid: int) -> dict[str, int]:
+    """What a process has open: descriptors, threads, and maps of a server's memory."""
     process = psutil.Process(pid)
     maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
     n_shared = sum("/memfd:sparseflow" in line for line in maps)
@@ -103,3 +103,8 @@ def ours() -> list[psutil.Process]:
             if process.pid != os.getpid() and process.environ().get(RUNTIME_DIR) == str(runtime_dir()):
                 found.append(process)
     return found
+
+
+def named_shared_memory() -> set[Path]:
+    """What lies there by now, of whomever; processes of ours give theirs no name."""
+    return {*Path("/dev/shm").glob("*")}

@@ -4,9 +4,11 @@ import argparse
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sparseflow.engine.engine import EVICTIONS
@@ -83,7 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE if isinstance(error, BadRequest) else EXIT_FAILED
 
 
+def _take_all_descriptors() -> None:
+    """As many as this user may have: a session takes some, and one more for each of its threads that fetch."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # a sandbox
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _serve(arguments: argparse.Namespace) -> int:
+    _take_all_descriptors()
     directory = RunDirectory.of(arguments.name)  # a wrong name is told before a checkpoint is converted
     config = ServerConfig(
         stores=tuple(_store(name) for name in arguments.stores),

@@ -200,7 +200,7 @@ def open_models(config: ServerConfig) -> dict[str, ServedModel]:
 def _require_room(nbytes: int) -> None:
     """Before any is taken: shared memory cannot be given back under pressure, so that processes would be killed.
 
-    Less than is free will do: clients of a server that died hold its memory until this one takes them over.
+    More than is free now is only warned of: clients of a server that died hold its memory until they come to this one.
 
     Raises:
         NotEnoughMemory: it can never be had here.
@@ -208,7 +208,7 @@ def _require_room(nbytes: int) -> None:
     free, total = free_memory(), total_memory()
     if nbytes > total:
         raise NotEnoughMemory(
-            f"{format_size(nbytes)} of shared memory are asked for, this machine has {format_size(total)}; "
+            f"{format_size(nbytes)} of shared memory are asked for, there are {format_size(total)} here; "
             "give less (--memory)"
         )
     if nbytes > free:

@@ -181,6 +181,10 @@ class Server:
                 answer = self._error(error.request_id, error)
             except SparseFlowError as error:
                 answer = self._error(0, error)
+            except Exception as error:  # whoever asks is answered, and those behind it too
+                self._n_errors += 1
+                _log.exception("a question")
+                answer = self._error(0, ServerError(f"internal: {error!r}; see the server's log"))
             with suppress(zmq.ZMQError):  # it is gone, or reads nothing
                 self._router.send_multipart([peer.bytes, encode(answer)], zmq.NOBLOCK)
         self.loop.call_again(self._router.fileno())
@@ -387,5 +391,12 @@ def _close(descriptors: list[int]) -> None:
 
 
 def _user_of(frame: zmq.Frame) -> int:
-    """Whose process sent it, as the kernel says: libzmq gives `localhost:UID:GID:PID` for the address."""
-    return int(str(frame.get("Peer-Address")).split(":")[-3])
+    """Whose process sent it, as the kernel says: libzmq gives `localhost:UID:GID:PID` for the address.
+
+    Raises:
+        NotPermitted: this libzmq does not.
+    """
+    try:
+        return int(str(frame.get("Peer-Address")).split(":")[-3])
+    except (zmq.ZMQError, ValueError, IndexError) as error:
+        raise NotPermitted("whose process this is cannot be seen; install pyzmq's own wheel") from error

@@ -56,7 +56,7 @@ class Attachment:
         try:
             self._connect(timeout_s)
             self._ask(Attach(os.getpid(), model, ALWAYS_EXPECTED | expected))
-            answer, descriptors = receive_packet(self.sock)
+            answer, descriptors = self._answer()
             _require_no_refusal(answer)
             if not isinstance(answer, Welcome) or len(descriptors) != len(answer.regions):
                 raise ProtocolMismatch(f"server {name!r} answered with {type(answer).__name__}; is it of our version?")
@@ -100,6 +100,13 @@ class Attachment:
                 f"server {self.directory.name!r} ended before it was asked for a session ({error.strerror}); "
                 f"start it again: sparseflow-daemon STORE --name {self.directory.name}"
             ) from error
+
+    def _answer(self) -> tuple[Message, list[int]]:
+        try:
+            return receive_packet(self.sock)
+        except ServerNotRunning:
+            _require_no_refusal(self._last_words())  # what it said lies behind the news that it has closed
+            raise
 
     def _last_words(self) -> Message | None:
         """Why the server has closed the connection, where it says so."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseflow.core.config import dtype_name, opt_config
 from sparseflow.errors import BadRequest, DiskError, UnsupportedModel
+from sparseflow.store.checks import in_one_line, mapping, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,7 @@ class Checkpoint:
             DiskError: files are missing. UnsupportedModel: not a ReLU OPT.
         """
         self.folder = folder
-        self.name = name or folder.name
+        self.name = in_one_line(name or folder.name)
         self.config = _read_config(folder)
         self._file_of = _index(folder)
         self._opened: tuple[str, Mapping[str, Any]] | None = None
@@ -186,16 +187,27 @@ def _index(folder: Path) -> dict[str, str]:
             return dict.fromkeys(_open_weights(folder / single), single)
         if listing.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
-                if not isinstance(weight_map, dict):
-                    raise TypeError(f"weight_map is {weight_map!r}")
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                weight_map: dict[str, str] = _weight_map(json.loads(listing.read_text(encoding="utf-8")))
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DiskError(f"{listing}: no index of weights ({error}); is the download complete?") from error
             _require_files(folder, weight_map.values())
             return weight_map
     raise DiskError(
         f"{folder}: no model.safetensors or pytorch_model.bin, single or with an index; is it a checkpoint?"
     )
+
+
+def _weight_map(content: Any) -> dict[str, str]:
+    """Of an index: tensor name -> name of a file beside it.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no index, or names files elsewhere.
+    """
+    weight_map = mapping(content["weight_map"], "weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise ValueError(f"{shown(name)} is no name of a file beside it")
+    return dict(weight_map)
 
 
 def _require_files(folder: Path, names: Iterable[str]) -> None:

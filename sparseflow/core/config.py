@@ -1,6 +1,7 @@
 """Settings, validated when they are made. Each default is written here and nowhere else."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -196,17 +197,24 @@ def require_relu_opt(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+# They could have transformers make labels without end, or load code for attention.
+_NEVER_TAKEN = ("id2label", "label2id", "num_labels", "attn_implementation", "_attn_implementation", "auto_map")
+
+
 def opt_config(content: Mapping[str, Any], where: str) -> "OPTConfig":
     """transformers' configuration of a ReLU OPT, from what config.json says.
 
     Raises:
         UnsupportedModel: it is none.
     """
-    from transformers import OPTConfig
+    from transformers import GenerationConfig, OPTConfig
 
     require_relu_opt(content, where)
     try:
-        config = OPTConfig.from_dict(dict(content))
+        config = OPTConfig.from_dict({name: value for name, value in content.items() if name not in _NEVER_TAKEN})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about settings that fit each other badly
+            GenerationConfig.from_model_config(config)  # as every model of it begins
     except Exception as error:  # transformers checks each field in its own way
         reason = str(error).strip() or type(error).__name__
         raise UnsupportedModel(f"{where}: {reason.splitlines()[-1].strip()}") from error

@@ -97,21 +97,24 @@ def fixed_nbytes(manifest: Manifest) -> int:
 
 def free_memory() -> int:
     """Bytes that this process can take: what the machine has free, or less where a cgroup limits it."""
-    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+    return min([psutil.virtual_memory().available, *(room for _, room in _cgroups())])
 
 
 def total_memory() -> int:
-    """Bytes of the machine's memory."""
-    return psutil.virtual_memory().total
+    """Bytes that this process could ever take: the machine's memory, or less where a cgroup limits it."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroups())])
 
 
-def _cgroup_rooms() -> list[int]:
-    """What each memory cgroup that this process is in leaves; page cache that can be reclaimed counts as free."""
+def _cgroups() -> list[tuple[int, int]]:
+    """Of each memory cgroup that this process is in, its limit, and what that leaves.
+
+    Page cache that can be reclaimed counts as free.
+    """
     try:
         lines = os.fsdecode(Path("/proc/self/cgroup").read_bytes()).splitlines()
     except OSError:
         return []
-    rooms = []
+    found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -122,19 +125,19 @@ def _cgroup_rooms() -> list[int]:
             continue
         folder = root / path.lstrip("/")
         while folder.is_relative_to(root):
-            rooms += _room(folder, *names)
+            found += _limit_and_room(folder, *names)
             folder = folder.parent
-    return rooms
+    return found
 
 
 _V1_NAMES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def _room(folder: Path, limit_name: str, usage_name: str, reclaimable_name: str) -> list[int]:
+def _limit_and_room(folder: Path, limit_name: str, usage_name: str, reclaimable_name: str) -> list[tuple[int, int]]:
     try:
         limit = int((folder / limit_name).read_text(encoding="ascii"))  # "max" is no number: no limit
         usage = int((folder / usage_name).read_text(encoding="ascii"))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-        return [limit - usage + int(stat.get(reclaimable_name, 0))]
+        return [(limit, limit - usage + int(stat.get(reclaimable_name, 0)))]
     except (OSError, ValueError):
         return []

@@ -26,7 +26,7 @@ def setup_model(
     model_name: str = str(DEMO_MODEL), gpu_cache_ratio: float = 0.3
 ) -> tuple[SparseOPTForCausalLM, PreTrainedTokenizerBase, SparseFlowConfig]:
     """Convert once, then open. model_name: a checkpoint folder or a hub id such as facebook/opt-1.3b."""
-    hf_config = AutoConfig.from_pretrained(model_name)
+    hf_config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
     strategy = OffloadStrategy(gpu_cache_ratio=gpu_cache_ratio)
     config = SparseFlowConfig.from_transformers_config(hf_config, strategy=strategy)
     store = DiskWeightStore(model_name)

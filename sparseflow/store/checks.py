@@ -1,6 +1,7 @@
 """Values of files that anybody may have written: of the type and range that is asked for, or a ValueError says so."""
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ T = TypeVar("T")
 # Above every size there is, and small enough that products of a few fit where kernels count.
 MOST_NBYTES = 1 << 50
 MOST_OF_A_SIZE = (1 << 31) - 1
+_BREAKS = ("Cc", "Cs", "Zl", "Zp")  # control characters, half letters, and ends of lines
 _SHOWN = 80  # characters of a value that an error repeats
 
 
@@ -21,6 +23,15 @@ def shown(value: object) -> str:
 def reason_of(error: Exception) -> str:
     """What an error says; of a KeyError, in words."""
     return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def in_one_line(text: str) -> str:
+    """A name that a line can show: what would break it is written as Python does."""
+    letters = (
+        letter.encode("unicode_escape").decode() if unicodedata.category(letter) in _BREAKS else letter
+        for letter in text
+    )
+    return "".join(letters)
 
 
 def whole_number(value: object, what: str, least: int, most: int) -> int:

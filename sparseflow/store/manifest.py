@@ -218,10 +218,12 @@ def check_size(store: Path, name: str, entry: FileEntry) -> None:
     path = store / name
     try:
         found = stat_inside(store, name)
-    except DiskError:
-        raise
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DiskError(f"{path}: file is missing; remove the store and convert the model again") from error
+    except OSError as error:
+        if isinstance(error, DiskError):
+            raise
+        raise DiskError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions") from error
     if found.st_size != entry.nbytes:
         raise ShardCorrupt(
             f"{path}: {found.st_size} bytes, the manifest says {entry.nbytes}; "

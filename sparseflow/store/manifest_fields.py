@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from sparseflow.store.checks import MOST_NBYTES, MOST_OF_A_SIZE, checksum, mapping, number, record, shown, whole_number
+from sparseflow.store.checks import (
+    MOST_NBYTES,
+    MOST_OF_A_SIZE,
+    checksum,
+    in_one_line,
+    mapping,
+    number,
+    record,
+    shown,
+    whole_number,
+)
 from sparseflow.store.profile import DTYPE_NBYTES, ModelProfile
 from sparseflow.store.shard_format import FileEntry
 
@@ -108,12 +118,13 @@ def require_name(name: str) -> None:
         raise ValueError("manifest.json lists itself")
 
 
-def require_text(value: object, what: str) -> None:
+def require_text(value: Any, what: str) -> None:
     """
     Raises:
         ValueError: no text that can be shown in a line.
     """
-    if not isinstance(value, str) or not value.strip("/ ") or not value.isprintable() or len(value) > _LONGEST_TEXT:
+    is_text = isinstance(value, str) and value.strip("/ ") and len(value) <= _LONGEST_TEXT
+    if not is_text or in_one_line(value) != value:
         raise ValueError(f"{what} is {shown(value)}, not a text of one line")
 
 

@@ -105,7 +105,8 @@ class TensorFileWriter:
         self._expected = file_nbytes(specs)
         self._written = 0
         self._hash = xxhash.xxh3_64()
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by __exit__
+        self._temporary.unlink(missing_ok=True)  # left by a kill; or a link, that would be written through
+        self._file = open(self._temporary, "xb")  # noqa: SIM115  closed by __exit__
         self.write(np.frombuffer(header_bytes(specs), np.uint8))
 
     def write(self, array: NDArray[np.generic]) -> None:

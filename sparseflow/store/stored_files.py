@@ -62,15 +62,16 @@ def require_written(path: Path, found: os.stat_result) -> None:
     """
     Raises:
         ShardCorrupt: nearly all of a large file are holes, which take no disk but time and memory to read.
+        DiskError: it cannot be opened.
     """
     on_disk = found.st_blocks * _BLOCK_NBYTES
     if found.st_size < _HOLES_FROM_NBYTES or on_disk >= found.st_size // _HOLES_SHARE:
         return
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        has_holes = os.lseek(fd, 0, os.SEEK_HOLE) < found.st_size
-    finally:
-        os.close(fd)
+        with open(path, "rb", buffering=0) as file:
+            has_holes = file.seek(0, os.SEEK_HOLE) < found.st_size
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions") from error
     if has_holes:
         raise ShardCorrupt(
             f"{path}: {found.st_size} bytes, of which {on_disk} were ever written; "

@@ -210,6 +210,37 @@ def test_index_that_is_none_is_one_error_naming_it(content: str, folder: Path) -
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a/b.safetensors", "", 5, ["x"], None])
+def test_index_that_names_no_file_beside_it_is_refused(name: object, folder: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DiskError, match="is no name of a file beside it"):
+        Checkpoint(folder)
+
+
+def test_index_of_deep_nesting_is_one_error(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(DiskError, match="no index of weights"):
+        Checkpoint(folder)
+
+
+def test_what_asks_for_labels_or_code_is_not_taken(folder: Path, weights: Weights) -> None:
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_labels": 10**9, "attn_implementation": "someone/kernel", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    taken = Checkpoint(folder).config
+    assert taken.num_labels == 2
+    assert not hasattr(taken, "auto_map")
+
+
+@pytest.mark.parametrize(("folder_name", "name"), [("opt\u00a0tiny", "opt\u00a0tiny"), ("opt\ntiny", "opt\\ntiny")])
+def test_name_is_one_that_a_line_can_show(folder: Path, weights: Weights, folder_name: str, name: str) -> None:
+    save_file(weights, folder / "model.safetensors")
+    renamed = folder.rename(folder.with_name(folder_name))
+    assert Checkpoint(renamed).name == name
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("kept", [0, 0.3, 0.99])
 def test_cut_weights_are_one_error_naming_the_file(name: str, kept: float, folder: Path, weights: Weights) -> None:

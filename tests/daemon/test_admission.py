@@ -1,13 +1,21 @@
 """Which model a client gets, and that whatever it expects is answered with an error that fits into a packet."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import msgpack
 import pytest
-from sparseflow_daemon.admission import model_for
+from sparseflow_daemon.admission import model_for, require_own
 
-from sparseflow.errors import BadRequest, FingerprintMismatch, NoSuchModel, ProtocolMismatch, SparseFlowError
+from sparseflow.errors import (
+    BadRequest,
+    FingerprintMismatch,
+    NoSuchModel,
+    NotPermitted,
+    ProtocolMismatch,
+    SparseFlowError,
+)
 from sparseflow.protocol.codec import decode, encode
 from sparseflow.protocol.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Attach, ErrorReply
 from sparseflow.protocol.packets import PACKET_NBYTES
@@ -96,3 +104,11 @@ def as_attach(content: bytes) -> Attach:
     message = decode(content)
     assert isinstance(message, Attach)
     return message
+
+
+def test_own_user_and_root_are_let_in_and_nobody_else() -> None:
+    require_own(os.getuid())
+    require_own(0)
+    other = os.getuid() + 1
+    with pytest.raises(NotPermitted, match=f"user {other} may not talk to a server of user {os.getuid()}"):
+        require_own(other)

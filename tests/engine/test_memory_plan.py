@@ -19,7 +19,14 @@ from transformers import OPTConfig
 from sparseflow.core.checkpoint import Checkpoint
 from sparseflow.core.converter import convert
 from sparseflow.engine import memory_plan
-from sparseflow.engine.memory_plan import AUTO_SHARE, DENSE_PART_NBYTES, LEAST_SHARE, free_memory, plan_memory
+from sparseflow.engine.memory_plan import (
+    AUTO_SHARE,
+    DENSE_PART_NBYTES,
+    LEAST_SHARE,
+    free_memory,
+    plan_memory,
+    total_memory,
+)
 from sparseflow.errors import BadRequest, NotEnoughMemory
 from sparseflow.store.manifest import DENSE_NAME, Manifest, predictor_name, shard_name
 from sparseflow.store.profile import ModelProfile
@@ -196,6 +203,7 @@ def machine_free() -> Any:
 
 def test_without_cgroups_all_that_the_machine_has_available_is_free(system: Callable[[str, str], None]) -> None:
     assert free_memory() == machine_free()
+    assert total_memory() == psutil.virtual_memory().total
     system("/proc/self/cgroup", "0::/\n")
     assert free_memory() == machine_free()
 
@@ -204,6 +212,7 @@ def test_limit_of_the_own_group_counts_and_page_cache_is_free(system: Callable[[
     system("/proc/self/cgroup", "0::/box\n")
     write_v2(system, "/box", str(300 * MIB), 120 * MIB, 50 * MIB)
     assert free_memory() == (300 - 120 + 50) * MIB
+    assert total_memory() == 300 * MIB
 
 
 def test_limits_of_groups_above_count_too_and_the_tightest_wins(system: Callable[[str, str], None]) -> None:

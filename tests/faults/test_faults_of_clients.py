@@ -23,6 +23,7 @@ from sparseflow.client.weight_client import WeightClient
 from sparseflow.errors import ArenaBusy, ServerError
 
 GONE_WITHIN_S = 2.0
+KEPT_DESCRIPTORS = 64
 N_KILLS = 50
 SOAK = (Path(__file__).parents[1] / "integration" / "soak_client.py").read_text(encoding="utf-8")
 
@@ -88,7 +89,7 @@ def working(host: Host, seconds: float) -> ClientProcess:
 
 
 def assert_worked(client: ClientProcess) -> None:
-    assert client.hear()["fetches"] > 10
+    assert client.hear()["fetches"] >= 50
     client.finish()
 
 
@@ -183,18 +184,21 @@ def test_21_thirty_two_clients_are_served_and_one_more_is_refused(host: Host, sh
     until(lambda: server.count() == unused)
 
 
-def test_21_server_without_descriptors_says_so_and_goes_on(host: Host, shards: ServedShards) -> None:
+def test_21_server_with_few_descriptors_left_says_so_and_goes_on(host: Host, shards: ServedShards) -> None:
     """It turns newcomers away, and does not spin; whoever has a session keeps it; the rest comes back with room."""
     server = host.serve(shards.folder, cpu_cache_ratio=shards.ratio(100), max_sessions=16)
     n_open, ids = server.settled_count()["fds"], np.arange(3, dtype=np.uint32)
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (n_open + 12, n_open + 12))
+    most = n_open + KEPT_DESCRIPTORS + 12
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:
         client = stack.enter_context(WeightClient("s"))
         client.fetch(1, ids).release()  # its line is open
         for _ in range(20):
             stack.enter_context(Connection())
-        with pytest.raises(ServerError, match="has as many files open as it may; close sessions, or start it after"):
+        text = rf"may have {most} files open, and keeps the last {KEPT_DESCRIPTORS} for .*; close sessions, or start it"
+        with pytest.raises(ServerError, match=text):
             WeightClient("s", load_timeout_s=5)
+        assert server.status()["state"] == "ready"
         before_s = sum(psutil.Process(server.pid).cpu_times()[:2])
         time.sleep(0.5)
         assert sum(psutil.Process(server.pid).cpu_times()[:2]) - before_s < 0.25
@@ -220,7 +224,7 @@ def test_22_five_hundred_sessions_leave_nothing_in_either_process(server: Server
     until(lambda: server.count() == counts[0])
     assert n_open() == counts[1]
     assert n_maps(server.pid) <= counts[2] + 4  # the allocator's own
-    assert theirs.memory_info().rss < counts[3] + (4 << 20)
+    assert theirs.memory_info().rss < counts[3] + (8 << 20)
     assert ours.memory_info().rss < counts[4] + (16 << 20)
 
 

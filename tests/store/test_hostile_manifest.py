@@ -84,6 +84,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "identifier is empty": (of_profile(model_identifier=""), "model_identifier is ''"),
     "identifier moves the cursor": (of_profile(model_identifier="\x1b[2Jopt"), "model_identifier is '\\x1b"),
     "identifier is half a letter": (of_profile(model_identifier="\ud800"), "model_identifier is"),
+    "identifier ends a line": (of_profile(model_identifier="opt\u2028tiny"), "model_identifier is"),
     "identifier is a book": (of_profile(model_identifier="x" * 10**6), "model_identifier is"),
     "shares are a list": (of_profile(layer_sparsity_map=[0.5]), "layer_sparsity_map is"),
     "share above all": (of_profile(layer_sparsity_map={"1": 1.5}), "share of layer 1 is 1.5"),
@@ -176,11 +177,11 @@ def test_sizes_beyond_the_files_listed_take_neither_time_nor_memory(edit: Edit, 
     forge(store, edit)
     refusal(store)
     tracemalloc.start()
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     refusal(store)
     peak_nbytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.perf_counter() - started_s < 1
+    assert time.process_time() - started_s < 5
     assert peak_nbytes < 4 << 20
 
 

@@ -291,7 +291,7 @@ def test_file_with_some_holes_is_taken(store: Path) -> None:
     """As some programs copy files whose zeros they leave out."""
     nbytes = 32 << 20
     with open(store / "more.bin", "wb") as file:
-        file.write(b"x" * (nbytes // 8))
+        file.write(os.urandom(nbytes // 8))  # no disk makes less of it
         file.truncate(nbytes)
     relist(store, "more.bin")
     by_mapping(store)
@@ -310,13 +310,13 @@ def test_file_without_holes_is_taken_where_the_disk_says_that_it_takes_none(tmp_
 
 
 def in_less_memory(call: Callable[[], Any]) -> Any:
-    """The result of a call that takes a second at most, and some MiB."""
+    """The result of a call that takes seconds of the processor at most, and some MiB."""
     tracemalloc.start()
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     try:
         result = call()
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
-        assert time.perf_counter() - started_s < 2
+        assert time.process_time() - started_s < 5
     finally:
         tracemalloc.stop()
     return result

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forged_stores import edit_json, overwrite, relist
+from forged_stores import edit_json, forge, overwrite, relist
 from opt_family import random_ids
 from transformers import OPTConfig
 
@@ -249,6 +249,13 @@ def test_settings_that_are_none_cannot_be_compared_with_those_given(content: byt
 def test_generation_settings_that_cannot_be_are_named(change: dict[str, Any], store: Path) -> None:
     edit_json(store, GENERATION, lambda content: content.update(change))
     assert GENERATION in refusal(store)
+
+
+@pytest.mark.parametrize("most", ["many", -1])
+def test_generation_settings_of_the_configuration_are_named_where_they_are_all(most: object, store: Path) -> None:
+    forge(store, lambda content: content["files"].pop(GENERATION))
+    edit_json(store, "config.json", lambda content: content.update(max_new_tokens=most))
+    refusal(store, remedy="config.json: ")
 
 
 def test_specs_of_codes_are_those_of_the_profile(store: Path) -> None:

@@ -318,10 +318,10 @@ def test_damaged_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None
 def test_shape_of_thousands_of_long_numbers_is_refused_before_they_are_multiplied(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(with_entry(shape=[10**4000 + 1] * 400))
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     with pytest.raises(ShardCorrupt) as caught:
         read_places(path)
-    assert time.perf_counter() - started_s < 2
+    assert time.process_time() - started_s < 5
     assert len(str(caught.value)) < 1000
 
 
