@@ -43,6 +43,7 @@ class Door:
         if not is_near:  # by its number, which is the lowest that was free
             return sock
         text = f"the server may have {most} files open, and keeps the last {_DESCRIPTORS_KEPT} for those that it serves"
+        _log.info("turned away: %s", text)
         self.refuse(sock, ServerError(f"{text}; close sessions, or start it after a larger `ulimit -n`"))
         return None
 

@@ -14,7 +14,7 @@ from processes import DEADLINE_S, ClientProcess, Host
 from served_shards import ServedShards
 
 N_THREADS = 2
-SOAK = (Path(__file__).parents[1] / "integration" / "soak_client.py").read_text(encoding="utf-8")
+SOAK = (Path(__file__).parents[1] / "integration" / "fetching_client.py").read_text(encoding="utf-8")
 
 
 def soak(host: Host, folder: Path, seconds: float, *, n_clients: int, kill_every_s: float, bundle_nbytes: int) -> None:

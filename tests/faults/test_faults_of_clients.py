@@ -25,7 +25,7 @@ from sparseflow.errors import ArenaBusy, ServerError
 GONE_WITHIN_S = 2.0
 KEPT_DESCRIPTORS = 64
 N_KILLS = 50
-SOAK = (Path(__file__).parents[1] / "integration" / "soak_client.py").read_text(encoding="utf-8")
+SOAK = (Path(__file__).parents[1] / "integration" / "fetching_client.py").read_text(encoding="utf-8")
 
 IDLE = """
 from telling import given, hear, tell

@@ -52,7 +52,7 @@ hear()
 model.close()
 """
 
-SOAK = (Path(__file__).parent / "soak_client.py").read_text(encoding="utf-8")
+SOAK = (Path(__file__).parent / "fetching_client.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_a_client_goes_from_a_server_that_ends_to_the_next(host: Host, serve: Ca
     assert second.status()["evictions"] > 0
 
 
-SOAK = (Path(__file__).parent / "soak_client.py").read_text(encoding="utf-8")
+SOAK = (Path(__file__).parent / "fetching_client.py").read_text(encoding="utf-8")
 
 
 # --- what it says

@@ -1,6 +1,6 @@
 """A client that fetches, hints, gives up and releases at random, from several threads, and compares every byte.
 
-python soak_client.py '{"name": ..., "n_threads": ..., "seconds": ..., "seed": ..., "most": ...}'
+python fetching_client.py '{"name": ..., "n_threads": ..., "seconds": ..., "seed": ..., "most": ...}'
 """
 
 import threading
