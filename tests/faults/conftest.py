@@ -13,10 +13,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "integration"))
 
-from own_host import demo_store, dense_ids, host, pytest_runtest_makereport
+from own_host import demo_store, dense_ids, host, line, pytest_runtest_makereport, session
 from served_shards import ServedShards
 
-__all__ = ["demo_store", "dense_ids", "host", "pytest_runtest_makereport"]
+__all__ = ["demo_store", "dense_ids", "host", "line", "pytest_runtest_makereport", "session"]
 
 
 @pytest.fixture

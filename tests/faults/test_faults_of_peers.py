@@ -25,8 +25,6 @@ from sparseflow.errors import ArenaBusy, BadRequest, FingerprintMismatch, NoSuch
 from sparseflow.protocol.messages import (
     LAYOUT_VERSION,
     PROTOCOL_VERSION,
-    Detach,
-    Detached,
     ErrorReply,
     NeuronsLeased,
     NeuronsReady,
@@ -43,20 +41,6 @@ def server(host: Host, shards: ServedShards) -> ServerProcess:
     """Three sessions with a share of SHARE slots each."""
     ratio = shards.ratio(SHARE * (N_SESSIONS + 1))
     return host.serve(shards.folder, cpu_cache_ratio=ratio, max_sessions=N_SESSIONS)
-
-
-@pytest.fixture
-def session(server: ServerProcess) -> Iterator[RawSession]:
-    with RawSession() as session:
-        yield session
-        session.send(Detach())
-        assert session.receive() == Detached(session.welcome.epoch)
-
-
-@pytest.fixture
-def line(session: RawSession) -> Iterator[RawLine]:
-    with RawLine(session) as line:
-        yield line
 
 
 @pytest.fixture(autouse=True)

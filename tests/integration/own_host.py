@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from dense_reference import DenseIds, greedy_ids
-from processes import RUNTIME_DIR, Host
+from processes import RUNTIME_DIR, Host, ServerProcess
+from raw_peers import RawLine, RawSession
+
+from sparseflow.protocol.messages import Detach, Detached
 
 sys.path.append(str(Path(__file__).parents[1] / "engine"))  # shards
 
@@ -68,3 +71,19 @@ def dense_ids(demo_model: Path) -> DenseIds:
 
     dense = OPTForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
     return lambda prompt, n_tokens: greedy_ids(dense, prompt, n_tokens)
+
+
+@pytest.fixture
+def session(server: ServerProcess) -> Iterator[RawSession]:
+    """With a server of the test's own; it says goodbye."""
+    with RawSession() as session:
+        yield session
+        session.send(Detach())
+        assert session.receive() == Detached(session.welcome.epoch)
+
+
+@pytest.fixture
+def line(session: RawSession) -> Iterator[RawLine]:
+    """Of that session."""
+    with RawLine(session) as line:
+        yield line

@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,20 +36,6 @@ def server(host: Host, shards: ServedShards) -> ServerProcess:
     """Two sessions with a share of SHARE slots each."""
     ratio = shards.ratio(SHARE * (N_SESSIONS + 1))
     return host.serve(shards.folder, cpu_cache_ratio=ratio, max_sessions=N_SESSIONS)
-
-
-@pytest.fixture
-def session(server: ServerProcess) -> Iterator[RawSession]:
-    with RawSession() as session:
-        yield session
-        session.send(Detach())
-        assert session.receive() == Detached(session.welcome.epoch)
-
-
-@pytest.fixture
-def line(session: RawSession) -> Iterator[RawLine]:
-    with RawLine(session) as line:
-        yield line
 
 
 def test_requests_that_wait_are_answered_while_the_server_ends(server: ServerProcess) -> None:
