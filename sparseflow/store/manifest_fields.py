@@ -123,7 +123,7 @@ def require_text(value: Any, what: str) -> None:
     Raises:
         ValueError: no text that can be shown in a line.
     """
-    is_text = isinstance(value, str) and value.strip("/ ") and len(value) <= _LONGEST_TEXT
+    is_text = isinstance(value, str) and value.strip().strip("/ ") and len(value) <= _LONGEST_TEXT
     if not is_text or in_one_line(value) != value:
         raise ValueError(f"{what} is {shown(value)}, not a text of one line")
 

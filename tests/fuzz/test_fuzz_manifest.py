@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -77,7 +78,8 @@ def require_documented(manifest: Manifest) -> None:
     assert profile.hidden_dimension % profile.num_attention_heads == 0
     assert profile.dtype in DTYPE_NBYTES
     assert isinstance(profile.model_identifier, str)
-    assert profile.model_identifier.isprintable()
+    assert profile.model_identifier.strip()
+    assert not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in profile.model_identifier)
     for layer, share in (profile.layer_sparsity_map or {}).items():
         require_whole(layer, 0, profile.num_layers - 1)
         assert type(share) is float

@@ -84,6 +84,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "identifier is empty": (of_profile(model_identifier=""), "model_identifier is ''"),
     "identifier moves the cursor": (of_profile(model_identifier="\x1b[2Jopt"), "model_identifier is '\\x1b"),
     "identifier is half a letter": (of_profile(model_identifier="\ud800"), "model_identifier is"),
+    "identifier is blank": (of_profile(model_identifier=" \u00a0"), "model_identifier is"),
     "identifier ends a line": (of_profile(model_identifier="opt\u2028tiny"), "model_identifier is"),
     "identifier is a book": (of_profile(model_identifier="x" * 10**6), "model_identifier is"),
     "shares are a list": (of_profile(layer_sparsity_map=[0.5]), "layer_sparsity_map is"),
