@@ -7,6 +7,8 @@ import struct
 import time
 from dataclasses import dataclass
 
+import zmq
+
 from sparseflow.errors import (
     ArenaBusy,
     BadRequest,
@@ -63,6 +65,20 @@ def require_own(uid: int) -> None:
     """
     if uid not in (os.getuid(), 0):
         raise NotPermitted(f"user {uid} may not talk to a server of user {os.getuid()}; start one of your own")
+
+
+def user_of(frame: zmq.Frame) -> int:
+    """Whose process sent a frame to `ctl.sock`, as the kernel says.
+
+    libzmq gives `localhost:UID:GID:PID` for the address.
+
+    Raises:
+        NotPermitted: this libzmq does not.
+    """
+    try:
+        return int(str(frame.get("Peer-Address")).split(":")[-3])
+    except (zmq.ZMQError, ValueError, IndexError) as error:
+        raise NotPermitted("whose process this is cannot be seen; install pyzmq's own wheel") from error
 
 
 def model_for(attach: Attach, models: dict[str, ServedModel]) -> ServedModel:

@@ -30,7 +30,7 @@ from sparseflow.protocol.messages import (
 from sparseflow.protocol.packets import receive_packet, send_packet
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow_daemon import status
-from sparseflow_daemon.admission import Greeting, greet, model_for, open_session, require_own
+from sparseflow_daemon.admission import Greeting, greet, model_for, open_session, require_own, user_of
 from sparseflow_daemon.config import ServerConfig
 from sparseflow_daemon.door import Door
 from sparseflow_daemon.gpu.children import GpuChildren
@@ -175,7 +175,7 @@ class Server:
             except zmq.Again:
                 return
             try:
-                require_own(_user_of(peer))
+                require_own(user_of(peer))
                 answer = self._answer([frame.bytes for frame in frames])
             except Undecodable as error:
                 answer = self._error(error.request_id, error)
@@ -388,15 +388,3 @@ class Server:
 def _close(descriptors: list[int]) -> None:
     for fd in descriptors:
         os.close(fd)
-
-
-def _user_of(frame: zmq.Frame) -> int:
-    """Whose process sent it, as the kernel says: libzmq gives `localhost:UID:GID:PID` for the address.
-
-    Raises:
-        NotPermitted: this libzmq does not.
-    """
-    try:
-        return int(str(frame.get("Peer-Address")).split(":")[-3])
-    except (zmq.ZMQError, ValueError, IndexError) as error:
-        raise NotPermitted("whose process this is cannot be seen; install pyzmq's own wheel") from error

@@ -1,7 +1,6 @@
 """Files that are damaged, cut, replaced, or do not fit: no wrong byte is delivered, and the error says what and why."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from processes import DEADLINE_S, Host, ServerProcess, until
 from served_shards import ServedShards
+from still_serving import assert_degraded
 
 from sparseflow.cli.status import page
 from sparseflow.client.weight_client import WeightClient
@@ -37,17 +37,6 @@ def fetched(client: WeightClient, layer: int, ids: NDArray[np.uint32]) -> NDArra
         bundles = fetch.wait(20)
         raw = bundles.base.view(len(bundles.base), -1).numpy().view(np.uint8)
         return raw[bundles.slots].copy()
-
-
-def assert_degraded(server: ServerProcess, *parts: str) -> None:
-    """It lives, says why, and says the same to whoever attaches."""
-    status = server.wait_for("degraded")
-    (reason,) = status["reasons"]
-    for part in parts:
-        assert part in reason
-    with pytest.raises(DiskError, match=re.escape(reason)):
-        WeightClient("s", "self-describing")
-    assert server.end() == EXIT_OK
 
 
 # --- damaged

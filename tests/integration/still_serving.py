@@ -1,6 +1,9 @@
-"""What is asked after a server was told nonsense: whether it still serves, and whether the nonsense was refused."""
+"""What is asked of a server in trouble: whether it still serves, says why not, and has refused what it was told."""
+
+import re
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from processes import ServerProcess
 from raw_peers import Connection
@@ -8,6 +11,7 @@ from served_shards import ServedShards
 
 from sparseflow.client.weight_client import WeightClient
 from sparseflow.core.weight_source import HostBundles
+from sparseflow.errors import DiskError
 from sparseflow.protocol.messages import ErrorReply
 
 SHARE = 12  # of a session
@@ -20,6 +24,18 @@ def assert_serves(server: ServerProcess, shards: ServedShards) -> None:
         assert np.array_equal(content(fetch.wait(10)), shards.content(1, ids))
     status = server.status()
     assert (status["state"], status["reasons"]) == ("ready", [])
+
+
+def assert_degraded(server: ServerProcess, *parts: str) -> None:
+    """It lives, says why its first model is not served, says the same to whoever attaches, and ends well."""
+    status = server.wait_for("degraded")
+    (reason,), model = status["reasons"], status["models"][0]
+    for part in parts:
+        assert part in reason
+    assert (model["state"], model["error"]) == ("failed", reason)
+    with pytest.raises(DiskError, match=re.escape(reason)):
+        WeightClient("s", model["name"])
+    assert server.end() == 0
 
 
 def content(bundles: HostBundles) -> NDArray[np.uint8]:

@@ -1,7 +1,6 @@
 """A server begins alone, ends as it is told, leaves nothing, and says what is the matter."""
 
 import json
-import re
 import signal
 import socket
 import threading
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from processes import Host, ServerProcess, until
 from served_shards import ServedShards
+from still_serving import assert_degraded
 
 from sparseflow.client.weight_client import WeightClient
 from sparseflow.errors import DiskError, NoAnswer, ServerError, ServerNotRunning
@@ -268,18 +268,6 @@ def test_two_stores_of_one_name_are_refused(host: Host, shards: ServedShards) ->
     code, (line,) = ended(host, shards.folder, shards.folder)
     assert code == EXIT_USAGE
     assert "both hold a model named 'self-describing'" in line
-
-
-def assert_degraded(server: ServerProcess, *parts: str) -> None:
-    """It lives, says why, and says the same to whoever attaches."""
-    status = server.wait_for("degraded")
-    (reason,) = status["reasons"]
-    for part in parts:
-        assert part in reason
-    with pytest.raises(DiskError, match=re.escape(reason)):
-        WeightClient("s")
-    assert (status["models"][0]["state"], status["models"][0]["error"]) == ("failed", reason)
-    assert server.end() == EXIT_OK
 
 
 @pytest.mark.parametrize("name", [DENSE_NAME, predictor_name(1), "config.json"])
