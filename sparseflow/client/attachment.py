@@ -111,9 +111,12 @@ class Attachment:
     def _last_words(self) -> Message | None:
         """Why the server has closed the connection, where it says so."""
         try:
-            return receive_packet(self.sock)[0]
+            message, descriptors = receive_packet(self.sock)
         except SparseFlowError:
             return None
+        for fd in descriptors:
+            os.close(fd)
+        return message
 
     def mapped(self, region: str, *, changes: bool = False) -> SharedMap:
         """Memory that was handed over. changes: the server goes on writing to it."""
