@@ -4,8 +4,6 @@ import logging
 import os
 import sys
 
-from pythonjsonlogger.json import JsonFormatter
-
 from sparseflow.errors import BadRequest
 
 LOG_FORMATS = ("text", "json")
@@ -37,5 +35,7 @@ def formatter(log_format: str) -> logging.Formatter:
     """What writes a record as a line, in one of `LOG_FORMATS`."""
     if log_format == "text":
         return logging.Formatter(_TEXT)
+    from pythonjsonlogger.json import JsonFormatter
+
     fields = ["levelname", "name", "message"]
     return JsonFormatter(fields, rename_fields=_RENAMED, timestamp="time")
