@@ -7,23 +7,32 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparseflow.engine.engine import EVICTIONS
 from sparseflow.engine.reading import IO_MODES
 from sparseflow.errors import BadRequest, SparseFlowError
+from sparseflow.protocol.inquiry import ask_status
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow.store.manifest import MANIFEST_NAME
+from sparseflow.utils.logs import LOG_FORMATS, start_logging
 from sparseflow_daemon.claim import Claim
 from sparseflow_daemon.config import ServerConfig
 from sparseflow_daemon.launch import launch, log_path
-from sparseflow_daemon.lifecycle import Lifecycle
+from sparseflow_daemon.lifecycle import Lifecycle, end_with_parent
 from sparseflow_daemon.served_model import open_models
 from sparseflow_daemon.server import Server
 
+if TYPE_CHECKING:
+    from sparseflow_daemon.metrics_endpoint import MetricsEndpoint
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+_METRICS_DEADLINE_S = 2.0  # under what scrapers give, so that they are told that the server does not answer
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +73,29 @@ def build_parser() -> argparse.ArgumentParser:
         default=default.share_dense_gpu,
         help="keep dense weights and predictors once on this GPU, for all inference processes there",
     )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        default=default.metrics_port,
+        help="serve Prometheus metrics at http://HOST:PORT/metrics; 0: on any port that is free, which the log names",
+    )
+    parser.add_argument(
+        "--metrics-host",
+        metavar="HOST",
+        default=default.metrics_host,
+        help="the address of that port; whoever reaches it can read how the server is",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default=default.log_format,
+        help="lines for people, or one JSON object each",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--end-with-parent", action="store_true", help="end, as by TERM, when the process that started it has ended"
+    )
     parser.add_argument("--detach", action="store_true", help="leave it running, and return once it is ready")
     return parser
 
@@ -72,16 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to end. Returns 0 ok, 1 failed, 2 wrong usage."""
     arguments = build_parser().parse_args(argv)
     try:
-        _start_logging()
+        start_logging("INFO", arguments.log_format)
         if arguments.detach:
             own = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--detach"]
             status = launch(own, arguments.name)
             models = ", ".join(model["name"] for model in status["models"])
-            print(f"server {arguments.name} is ready: pid {status['pid']}, {models}; log {log_path(arguments.name)}")
+            metrics = f"; metrics {status['metrics']}" if status["metrics"] else ""
+            log = log_path(arguments.name)
+            print(f"server {arguments.name} is ready: pid {status['pid']}, {models}; log {log}{metrics}")
             return EXIT_OK
         return _serve(arguments)
     except SparseFlowError as error:
-        print(f"sparseflow-daemon: error: {error}", file=sys.stderr)
+        _complain(error, arguments)
         return EXIT_USAGE if isinstance(error, BadRequest) else EXIT_FAILED
 
 
@@ -92,11 +126,20 @@ def _take_all_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    _take_all_descriptors()
-    directory = RunDirectory.of(arguments.name)  # a wrong name is told before a checkpoint is converted
-    config = ServerConfig(
-        stores=tuple(_store(name) for name in arguments.stores),
+def _complain(error: SparseFlowError, arguments: argparse.Namespace) -> None:
+    """One line, as everything in the log is; with --debug, where it comes from."""
+    if arguments.log_format != "text":
+        _log.error("%s", error, exc_info=arguments.debug)
+        return
+    if arguments.debug:
+        traceback.print_exception(error)
+    print(f"sparseflow-daemon: error: {error}", file=sys.stderr)
+
+
+def _config(arguments: argparse.Namespace) -> ServerConfig:
+    """Of stores as they were named, which need not be stores yet."""
+    return ServerConfig(
+        stores=tuple(Path(name) for name in arguments.stores),
         name=arguments.name,
         memory=arguments.memory,
         cpu_cache_ratio=arguments.cpu_cache_ratio,
@@ -106,19 +149,55 @@ def _serve(arguments: argparse.Namespace) -> int:
         drain_timeout_s=arguments.drain_timeout,
         gpu_timeout_s=arguments.gpu_timeout,
         share_dense_gpu=arguments.share_dense_gpu,
+        metrics_port=arguments.metrics_port,
+        metrics_host=arguments.metrics_host,
+        log_format=arguments.log_format,
     )
-    claim = Claim(directory)
-    try:
-        server = Server(config, claim.directory, open_models(config))
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    if arguments.end_with_parent:
+        end_with_parent()
+    _take_all_descriptors()
+    directory = RunDirectory.of(arguments.name)
+    config = _config(arguments)
+    with _metrics(config) as metrics:  # a name, a setting or a port that is wrong is told before a store is made
+        config = replace(config, stores=tuple(_store(name) for name in arguments.stores))
+        claim = Claim(directory)
         try:
-            Lifecycle(server, claim)
-            _log.info("server %s, pid %d, epoch %x", config.name, os.getpid(), server.epoch)
-            server.run()
+            server = Server(config, claim.directory, open_models(config))
+            try:
+                Lifecycle(server, claim)
+                fields = {"server": config.name, "pid": os.getpid()}
+                _log.info("server %s, pid %d, epoch %x", config.name, os.getpid(), server.epoch, extra=fields)
+                if metrics is not None:
+                    metrics.begin()  # not before: the name was another server's
+                    server.metrics = metrics
+                server.run()
+            finally:
+                server.close()
         finally:
-            server.close()
-    finally:
-        claim.release()
+            claim.release()
     return EXIT_OK
+
+
+@contextmanager
+def _metrics(config: ServerConfig) -> "Iterator[MetricsEndpoint | None]":
+    """A port that is ours and not answered on yet; None where none is asked for."""
+    if config.metrics_port is None:
+        if config.metrics_host != ServerConfig(stores=config.stores).metrics_host:
+            _log.warning("--metrics-host %s has no effect without --metrics-port", config.metrics_host)
+        yield None
+        return
+    from sparseflow_daemon.metrics_endpoint import MetricsEndpoint
+
+    endpoint = MetricsEndpoint(
+        config.metrics_host, config.metrics_port, config.name, lambda: ask_status(config.name, _METRICS_DEADLINE_S)
+    )
+    try:
+        yield endpoint
+    finally:
+        endpoint.close()
 
 
 def _store(name: str) -> Path:
@@ -134,13 +213,6 @@ def _store(name: str) -> Path:
     if finished.returncode:
         sys.exit(finished.returncode)
     return Path(json.loads(finished.stdout)["store"])
-
-
-def _start_logging() -> None:
-    level = os.environ.get("SPARSEFLOW_LOG", "INFO").upper()
-    if level not in logging.getLevelNamesMapping():
-        raise BadRequest(f"SPARSEFLOW_LOG={level}: give one of DEBUG, INFO, WARNING, ERROR")
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 if __name__ == "__main__":

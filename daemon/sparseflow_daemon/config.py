@@ -7,6 +7,9 @@ from sparseflow.engine.engine import DEFAULT_EVICTION, EVICTIONS
 from sparseflow.engine.memory_plan import require_memory
 from sparseflow.engine.reading import require_io
 from sparseflow.errors import BadRequest
+from sparseflow.utils.logs import LOG_FORMATS
+
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,13 @@ class ServerConfig:
     share_dense_gpu: int | None = None
     """The number of a GPU on which dense weights and predictors are kept once, for all inference processes there."""
 
+    metrics_port: int | None = None
+    """Where metrics are served over HTTP; 0: on any port that is free. None: nowhere."""
+    metrics_host: str = "127.0.0.1"
+    """The address of that port."""
+    log_format: str = "text"
+    """What the log's lines are: `text` for people, `json` for what collects logs."""
+
     def __post_init__(self) -> None:
         if not self.stores:
             raise BadRequest("no store to serve; name at least one")
@@ -52,3 +62,7 @@ class ServerConfig:
             raise BadRequest(f"gpu_timeout_s={self.gpu_timeout_s}: give seconds, more than 0")
         if self.share_dense_gpu is not None and self.share_dense_gpu < 0:
             raise BadRequest(f"share_dense_gpu={self.share_dense_gpu}: give a GPU's number, 0 or more")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= _LAST_PORT:
+            raise BadRequest(f"metrics_port={self.metrics_port}: give a port up to {_LAST_PORT}, or 0 for any free one")
+        if self.log_format not in LOG_FORMATS:
+            raise BadRequest(f"log_format={self.log_format!r}: one of {', '.join(LOG_FORMATS)}")

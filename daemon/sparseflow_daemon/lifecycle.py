@@ -1,5 +1,6 @@
 """Signals, and what systemd is told."""
 
+import ctypes
 import faulthandler
 import json
 import logging
@@ -16,6 +17,7 @@ from sparseflow_daemon.server import Server
 
 _log = logging.getLogger(__name__)
 _EXIT_FORCED = 130
+_PR_SET_PDEATHSIG = 1
 
 
 class Lifecycle:
@@ -61,6 +63,14 @@ class Lifecycle:
         _log.warning("status: %s", json.dumps(status.content(self._server)))
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+
+def end_with_parent() -> None:
+    """Have the system send TERM when the process that started this one has ended, however it did (prctl(2))."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended just now
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def notify(state: str) -> None:

@@ -114,7 +114,7 @@ class Lines:
             return [(key, self._error(getattr(error, "request_id", request_id), error))]
         except Exception as error:
             self.n_errors += 1
-            _log.exception("request %d", request_id)
+            _log.exception("request %d", request_id, extra=session.log_fields | {"request_id": request_id})
             return [(key, self._error(request_id, ServerError(f"internal: {error!r}; see the server's log")))]
 
     def _handle(self, session: Session, key: bytes, message: Message) -> list[Outgoing]:

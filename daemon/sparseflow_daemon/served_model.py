@@ -112,10 +112,10 @@ class ServedModel:
             self.error, self.state = error, "failed"
         except SparseFlowError as error:
             self.error, self.state = error, "failed"
-            _log.error("model %s: %s", self.name, error)
+            _log.error("model %s: %s", self.name, error, extra={"model": self.name})
         except Exception as error:  # whatever it is, the server goes on and says so
             self.error, self.state = SparseFlowError(f"loading failed: {error!r}; see the log"), "failed"
-            _log.exception("model %s", self.name)
+            _log.exception("model %s", self.name, extra={"model": self.name})
 
     def _load_files(self, region: str, names: list[str]) -> None:
         """Copy files into one piece of shared memory, each from the start of a page."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -42,6 +43,9 @@ from sparseflow_daemon.loop import Loop
 from sparseflow_daemon.served_model import ServedModel
 from sparseflow_daemon.sessions import Session
 
+if TYPE_CHECKING:
+    from sparseflow_daemon.metrics_endpoint import MetricsEndpoint
+
 _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _WAITING_TICK_S = 0.05  # while some request waits for something that has a deadline
@@ -58,9 +62,13 @@ class Server:
         self.epoch = secrets.randbits(63) | 1
         self.began_s = time.time()
         self.sessions: dict[bytes, Session] = {}
+        self.n_past_tokens = 0
+        """Decoded by sessions that are over."""
+        self.metrics: MetricsEndpoint | None = None
+        """What serves this server's metrics; its own owner."""
         self.leasings: dict[str, Leasing] = {}
         self.loop = Loop()
-        self.children = GpuChildren(self.loop, config.gpu_timeout_s)
+        self.children = GpuChildren(self.loop, config.gpu_timeout_s, config.log_format)
         self.pushing = Pushing(self.children, self.leasings, self.epoch)
         self.lending = Lending(self.children, config.share_dense_gpu, self.epoch)
         self._lines = Lines(self.loop, self.leasings, self.pushing, self.lending, self.epoch)
@@ -335,7 +343,7 @@ class Server:
         self.loop.unwatch(session.sock.fileno())
         self.loop.watch(session.sock.fileno(), lambda: self._on_session(session))
         self.loop.watch(session.pidfd, lambda: self._end(session))
-        _log.info("session of pid %d on %s", session.pid, model.name)
+        _log.info("session of pid %d on %s", session.pid, model.name, extra=session.log_fields)
 
     def _on_session(self, session: Session) -> None:
         """Its connection says something: goodbye, or nothing more."""
@@ -356,7 +364,8 @@ class Server:
         session.last_error = "the connection ended without goodbye"
         self.loop.unwatch(session.sock.fileno())
         session.sock.close()
-        _log.warning("pid %d broke its connection; its leases stay until it ends", session.pid)
+        text = "pid %d broke its connection; its leases stay until it ends"
+        _log.warning(text, session.pid, extra=session.log_fields)
 
     def _end(self, session: Session) -> None:
         """Its process is dead, or it has said goodbye: everything comes back."""
@@ -370,8 +379,9 @@ class Server:
         self.lending.forget(session)
         self._were_told.discard(session)
         self.leasings[session.model.name].forget(session)
+        self.n_past_tokens += session.tokens
         session.close()
-        _log.info("session of pid %d is over", session.pid)
+        _log.info("session of pid %d is over", session.pid, extra=session.log_fields)
         self._progress(session.model.name)
 
     def _turn_away(self, greeting: Greeting, error: SparseFlowError) -> None:

@@ -5,6 +5,7 @@ import socket
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,11 @@ class Session:
         self.counters_memory = SharedMemory("counters", COUNTERS_NBYTES, others_may_write=True)
         self._counters = SessionCounters(self.counters_memory.bytes)
         self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What lines of the log that are about it carry beside their text."""
+        return {"pid": self.pid, "model": self.model.name}
 
     @property
     def n_leased(self) -> int:

@@ -63,6 +63,9 @@ def content(server: "Server") -> dict[str, Any]:
             "late": counts.hints_late,
             "wasted": counts.hints_wasted,
         },
+        "tokens": server.n_past_tokens + sum(session.tokens for session in server.sessions.values()),
+        "hits": counts.hits,
+        "misses": counts.misses,
         "hit_rate": counts.hit_rate,
         "evictions": counts.evictions,
         "memory": {
@@ -79,6 +82,7 @@ def content(server: "Server") -> dict[str, Any]:
         ],
         "gpu_children": server.children.status(),
         "shared_dense": server.lending.status(),
+        "metrics": None if server.metrics is None else server.metrics.url,
         "threads": threads(server),
     }
 
@@ -89,6 +93,8 @@ def threads(server: "Server") -> list[dict[str, Any]]:
     found = [{"name": "loop", "alive": age_s < _STALE_S, "last_tick_age_s": age_s, "errors": server.n_errors}]
     if server.loader.is_alive():
         found.append({"name": "loader", "alive": True, "last_tick_age_s": None, "errors": 0})
+    if server.metrics is not None:
+        found.append({"name": "metrics", "alive": server.metrics.is_alive, "last_tick_age_s": None, "errors": 0})
     for model in server.models.values():
         if model.state == "ready":
             for n, is_alive in enumerate(model.engine.state().threads_alive):
@@ -164,6 +170,8 @@ def _session(session: "Session") -> dict[str, Any]:
         "waiting": len(session.waiting),
         "tokens": session.tokens,
         "tokens_per_s": session.tokens_per_s,
+        "hits": session.counts.hits,
+        "misses": session.counts.misses,
         "hit_rate": session.counts.hit_rate,
         "recall": measured.recall,
         "recall_error": measured.recall_error,

@@ -2,43 +2,123 @@
 
 import argparse
 import json
+import shutil
 import sys
+import textwrap
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from sparseflow.cli.arguments import number
-from sparseflow.errors import BadRequest, ServerNotRunning
+from sparseflow.errors import BadRequest, ServerNotRunning, SparseFlowError
 from sparseflow.utils.sizes import format_size
 
-_CLEAR = "\x1b[H\x1b[J"
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a screen of our own, without a cursor
+_HOME, _REST_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
+_INDENT = " " * 13
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--server --watch --count --timeout"""
+    """--server --watch --count --timeout --prometheus"""
     parser.add_argument("--server", metavar="NAME", help="which one; else the only one that runs")
     parser.add_argument("--watch", type=number(float, 0.1), metavar="SECONDS", help="again and again, until Ctrl-C")
     parser.add_argument("--count", type=number(int, 1), metavar="N", help="with --watch: so many times")
     parser.add_argument("--timeout", type=number(float, 0.1), default=5.0, metavar="SECONDS", help="for an answer")
+    parser.add_argument(
+        "--prometheus",
+        action="store_true",
+        help="print Prometheus metrics once, as for node_exporter's textfile collector",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Print a page, or with --json one object (a line each time with --watch). Not ok where the server is degraded."""
+    if arguments.prometheus and (arguments.json or arguments.watch is not None):
+        raise BadRequest("--prometheus prints metrics, once: leave --json and --watch out")
+    name = arguments.server or _only_server()
+    if arguments.prometheus:
+        return _print_metrics(name, arguments.timeout)
+    if arguments.watch is not None and not arguments.json and sys.stdout.isatty():
+        content = _watch_on_screen(_looks(name, arguments))
+    else:
+        content = _print(_looks(name, arguments), arguments.json)
+    return content | {"ok": content["state"] != "degraded"}
+
+
+def _looks(name: str, arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Each status that is asked for, and whether it is the last."""
     from sparseflow.protocol.inquiry import ask_status
 
-    name = arguments.server or _only_server()
-    content = ask_status(name, arguments.timeout)
-    n_shown = 1
-    while arguments.watch is not None and n_shown != arguments.count:
-        if arguments.json:
+    n, is_last = 0, False
+    while not is_last:
+        if n:
+            time.sleep(arguments.watch)
+        n += 1
+        is_last = arguments.watch is None or n == arguments.count
+        yield ask_status(name, arguments.timeout), is_last
+
+
+def _print(looks: Iterator[tuple[dict[str, Any], bool]], is_json: bool) -> dict[str, Any]:
+    """One page, or object, under the other; the last object is printed by whoever runs commands. Returns the last."""
+    before: dict[str, Any] | None = None
+    for content, is_last in looks:
+        if not is_json:
+            text = page(content, before)
+            print(_fitted(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text, flush=True)
+        elif not is_last:
             print(json.dumps(content), flush=True)
-        else:
-            print((_CLEAR if sys.stdout.isatty() else "") + page(content), flush=True)
-        time.sleep(arguments.watch)
-        content = ask_status(name, arguments.timeout)
-        n_shown += 1
-    if not arguments.json:
-        print((_CLEAR if arguments.watch and sys.stdout.isatty() else "") + page(content))
-    return content | {"ok": content["state"] != "degraded"}
+        before = content
+    assert before is not None  # there is at least one look
+    return before
+
+
+def _watch_on_screen(looks: Iterator[tuple[dict[str, Any], bool]]) -> dict[str, Any]:
+    """Pages in one place, none of which is erased before the next is written. Returns the last, which stays."""
+    before: dict[str, Any] | None = None
+    text = ""
+    sys.stdout.write(_ENTER)
+    try:
+        for content, _ in looks:
+            text, before = page(content, before, is_watching=True), content
+            sys.stdout.write(_frame(text, *shutil.get_terminal_size()))
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write(_LEAVE)
+        print(_fitted(text, shutil.get_terminal_size().columns))
+    assert before is not None  # there is at least one look
+    return before
+
+
+def _frame(text: str, columns: int, rows: int) -> str:
+    """What puts a page over the one before it, in one piece, so that nothing flickers."""
+    lines = _fitted(text, columns).splitlines()
+    if len(lines) > rows:
+        lines[rows - 1 :] = [f"  ... {len(lines) - rows + 1} more lines; make the window higher"[:columns]]
+    return _HOME + "\n".join(line + _REST_OF_LINE for line in lines) + _REST
+
+
+def _fitted(text: str, columns: int) -> str:
+    """Its lines, none longer than so many columns."""
+    wrapper = textwrap.TextWrapper(columns, subsequent_indent=_INDENT if columns > 2 * len(_INDENT) else "")
+    return "\n".join(piece for line in text.splitlines() for piece in wrapper.wrap(line))
+
+
+def _print_metrics(name: str, timeout_s: float) -> dict[str, Any]:
+    """Ok whatever state the server is in: that is in the metrics.
+
+    Raises:
+        ServerNotRunning, NoAnswer: after the one metric that says so is printed.
+    """
+    from sparseflow.protocol.inquiry import ask_status
+    from sparseflow.protocol.metrics import status_text
+
+    try:
+        content = ask_status(name, timeout_s)
+    except SparseFlowError:
+        sys.stdout.write(status_text(name, None))
+        raise
+    sys.stdout.write(status_text(name, content))
+    return {"ok": True}
 
 
 def _only_server() -> str:
@@ -52,44 +132,97 @@ def _only_server() -> str:
     return alive[0]
 
 
-def page(content: dict[str, Any]) -> str:
-    """A status for people."""
-    arena, disk, prefetch, memory = (content[name] for name in ("arena", "disk", "prefetch", "memory"))
+def page(content: dict[str, Any], before: dict[str, Any] | None = None, *, is_watching: bool = False) -> str:
+    """A status for people.
+
+    Args:
+        before: an earlier one of the same server, for what went on between.
+        is_watching: there will be more pages, so that this one has all lines that they have.
+    """
+    arena, prefetch, memory = (content[name] for name in ("arena", "prefetch", "memory"))
     lines = [
         f"server {content['name']}: {content['state']}, pid {content['pid']}, up {_duration(content['uptime_s'])}, "
         f"version {content['version']}, epoch {content['epoch']:x}",
-        *(f"  ! {reason}" for reason in content["reasons"]),
+        *(f"  ! {_plain(reason)}" for reason in content["reasons"]),
+        *([_going_on(content, before)] if is_watching or before is not None else []),
         f"  memory     {_size(memory['shared'])} shared, {_size(memory['private'])} private, "
         f"{_size(memory['page_cache'])} of the stores in the page cache",
         f"  arena      {_size(arena['total'])}: {_size(arena['used'])} used, {_size(arena['leased'])} leased, "
         f"{_size(arena['filling'])} filling; hit rate {_share(content['hit_rate'])}, {content['evictions']} evictions",
-        f"  disk       {_size(disk['bytes'])} in {disk['reads']} reads of {_number(disk['bundles_per_read'])} bundles; "
-        f"a layer's take {_ms(disk['latency_p50_s'])}, at worst {_ms(disk['latency_p99_s'])} (99 %)",
-        *(f"    {reason}" for reason in disk["reasons"]),
+        *_disk(content["disk"]),
         f"  prefetch   {prefetch['hinted']} bundles: {prefetch['useful']} useful, {prefetch['late']} late, "
         f"{prefetch['wasted']} wasted",
+        *(line for model in content["models"] for line in _model(model)),
+        *_gpus(content),
+        *_sessions(content),
     ]
-    for model in content["models"]:
-        where = "all in memory" if model["is_resident"] else f"{model['n_resident']} of {model['n_slots']} slots used"
-        lines.append(
-            f"  model      {model['name']}: {model['state']}, {model['dtype']}, {where}, "
-            f"fingerprint {model['fingerprint']['weights'][:12]}"
-        )
-        rates = [rate for rate in model["hit_rate_by_layer"] or [] if rate is not None]
-        if rates and not model["is_resident"]:
-            lines.append(f"    hits by layer  {' '.join(f'{rate:.0%}' for rate in rates)}")
-    lines.append(f"  sessions   {len(content['sessions'])} of {content['max_sessions']}")
-    if content["sessions"]:
-        lines.append("      PID  MODEL             TOKENS  TOKENS/S  HITS          RECALL  LEASES  LAST ERROR")
-    for session in content["sessions"]:
-        lines.append(
-            f"  {session['pid']:7}  {session['model'][:16]:16} {session['tokens']:7}  {session['tokens_per_s']:8.1f}  "
-            f"{_share(session['hit_rate']):>4}  {_recall(session):>14}  {session['leases']:6}  "
-            f"{session['last_error'] or ('' if session['state'] == 'open' else session['state'])}"
-        )
     ill = [thread["name"] for thread in content["threads"] if not thread["alive"]]
     lines.append(f"  threads    {len(content['threads'])}, {'dead: ' + ', '.join(ill) if ill else 'all well'}")
+    if content["metrics"]:
+        lines.append(f"  metrics    {content['metrics']}")
     return "\n".join(lines)
+
+
+def _going_on(content: dict[str, Any], before: dict[str, Any] | None) -> str:
+    """Rates since the look before, by the server's own clock; of another server than before there are none."""
+    if before is None or before["epoch"] != content["epoch"] or content["uptime_s"] <= before["uptime_s"]:
+        return "  now        n/a tokens/s, n/a MB/s from disk, hit rate n/a"
+    seconds = content["uptime_s"] - before["uptime_s"]
+    tokens, hits, misses = (content[name] - before[name] for name in ("tokens", "hits", "misses"))
+    nbytes = content["disk"]["bytes"] - before["disk"]["bytes"]
+    rate = _share(hits / (hits + misses) if hits + misses else None)
+    return f"  now        {tokens / seconds:.1f} tokens/s, {nbytes / seconds / 1e6:.1f} MB/s from disk, hit rate {rate}"
+
+
+def _disk(disk: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"  disk       {_size(disk['bytes'])} in {disk['reads']} reads of {_number(disk['bundles_per_read'])} bundles; "
+        f"a layer's take {_ms(disk['latency_p50_s'])}, at worst {_ms(disk['latency_p99_s'])} (99 %)"
+    )
+    yield from (f"    {_plain(reason)}" for reason in disk["reasons"])
+
+
+def _model(model: dict[str, Any]) -> Iterator[str]:
+    where = "all in memory" if model["is_resident"] else f"{model['n_resident']} of {model['n_slots']} slots used"
+    yield (
+        f"  model      {model['name']}: {model['state']}, {model['dtype']}, {where}, "
+        f"fingerprint {model['fingerprint']['weights'][:12]}"
+    )
+    rates = [rate for rate in model["hit_rate_by_layer"] or [] if rate is not None]
+    if rates and not model["is_resident"]:
+        yield f"    hits by layer  {' '.join(f'{rate:.0%}' for rate in rates)}"
+
+
+def _gpus(content: dict[str, Any]) -> Iterator[str]:
+    for child in content["gpu_children"]:
+        error = f"; {child['errors']} errors, the last: {_plain(child['last_error'])}" if child["errors"] else ""
+        yield (
+            f"  gpu        {child['name'] or child['uuid']}: {child['state']}, {_size(child['bytes_pushed'])} in "
+            f"{child['pushes']} pushes, {child['slabs']} slabs{error}"
+        )
+    for name, lent in (content["shared_dense"] or {"models": {}})["models"].items():
+        yield (
+            f"  gpu {content['shared_dense']['device']:<6} {_size(lent['nbytes'])} of {name} for all: {lent['state']}, "
+            f"used by {lent['borrowers']} sessions"
+        )
+
+
+def _sessions(content: dict[str, Any]) -> Iterator[str]:
+    yield f"  sessions   {len(content['sessions'])} of {content['max_sessions']}"
+    if content["sessions"]:
+        yield "      PID  MODEL             TOKENS  TOKENS/S  HITS          RECALL  LEASES  LAST ERROR"
+    for session in content["sessions"]:
+        state = "" if session["state"] == "open" else session["state"]
+        yield (
+            f"  {session['pid']:7}  {session['model'][:16]:16} {session['tokens']:7}  {session['tokens_per_s']:8.1f}  "
+            f"{_share(session['hit_rate']):>4}  {_recall(session):>14}  {session['leases']:6}  "
+            f"{_plain(session['last_error'] or state)}"
+        ).rstrip()
+
+
+def _plain(text: str) -> str:
+    """One line, that does nothing to a terminal: it may repeat what a stranger has sent."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _size(nbytes: int | None) -> str:

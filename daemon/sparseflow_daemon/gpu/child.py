@@ -21,12 +21,13 @@ from sparseflow.errors import ServerError, SparseFlowError
 from sparseflow.protocol.device_messages import ChildReady
 from sparseflow.protocol.messages import ErrorReply, Message
 from sparseflow.protocol.packets import receive_packet, send_packet
+from sparseflow.utils.logs import LOG_FORMATS, start_logging
 from sparseflow_daemon.gpu.work import GpuWork
 
 EXIT_OK, EXIT_FAILED = 0, 1
 _PR_SET_PDEATHSIG = 1
 _POLL_S, _IDLE_S = 0.0002, 10.0  # while the GPU copies, and while it does not
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("sparseflow_daemon.gpu.child")  # where it is the program, `__name__` is not
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,12 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--device", type=int, help="the GPU's number among those that are visible")
     parser.add_argument("--socket", type=int, required=True, help="a descriptor that was inherited")
     parser.add_argument("--library", default=LIBRARY, help="the driver's")
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text")
     arguments = parser.parse_args(argv)
     _end_with_parent()
-    logging.basicConfig(
-        level=os.environ.get("SPARSEFLOW_LOG", "INFO").upper(),
-        format=f"%(asctime)s %(levelname)s gpu_child {os.getpid()}: %(message)s",
-    )
+    _start_logging(arguments.log_format)
     with socket.socket(fileno=arguments.socket) as sock:
         sock.set_inheritable(False)
         try:
@@ -58,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             sock.close()
             os._exit(EXIT_FAILED)  # giving back what is broken may never end
     return EXIT_OK
+
+
+def _start_logging(log_format: str) -> None:
+    """Lines that are told from the server's, in the same log."""
+    if log_format != "text":
+        start_logging("INFO", log_format)
+        return
+    logging.basicConfig(
+        level=os.environ.get("SPARSEFLOW_LOG", "INFO").upper(),
+        format=f"%(asctime)s %(levelname)s gpu_child {os.getpid()}: %(message)s",
+    )
 
 
 def _serve_on(sock: socket.socket, number: int, library: Library) -> None:

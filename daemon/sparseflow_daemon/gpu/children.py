@@ -66,17 +66,18 @@ class GpuChild:
 class GpuChildren:
     """One a GPU, by its uuid; beside it maybe one that is just ending."""
 
-    def __init__(self, loop: Loop, timeout_s: float) -> None:
+    def __init__(self, loop: Loop, timeout_s: float, log_format: str = "text") -> None:
         """
         Args:
             timeout_s: how long a child may take for anything.
+            log_format: of what children log.
         """
         self.on_told: list[Callable[[Told], None]] = []
         """Called with each answer, whoever has asked."""
         self.on_gone: list[Callable[[GpuChild, list[object]], None]] = []
         """Called when a child is dead, with whose questions it has left unanswered."""
         self.records: dict[bytes, GpuRecord] = {}
-        self._loop, self._timeout_s = loop, timeout_s
+        self._loop, self._timeout_s, self._log_format = loop, timeout_s, log_format
         self._children: list[GpuChild] = []
 
     def of(self, uuid: bytes) -> GpuChild:
@@ -108,7 +109,7 @@ class GpuChildren:
         try:
             with theirs:
                 process = subprocess.Popen(
-                    [*command, "--socket", str(theirs.fileno())],
+                    [*command, "--socket", str(theirs.fileno()), "--log-format", self._log_format],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
@@ -127,7 +128,7 @@ class GpuChildren:
         self._children.append(child)
         self._loop.watch(ours.fileno(), lambda: self._on_packets(child))
         self._loop.watch(pidfd, lambda: self._on_death(child))
-        _log.info("GPU child of pid %d: %s", process.pid, " ".join(arguments))
+        _log.info("GPU child of pid %d: %s", process.pid, " ".join(arguments), extra={"pid": process.pid})
         return child
 
     @property
@@ -229,7 +230,7 @@ class GpuChildren:
             child.desk.why += f" ({how})"
             child.record.errors += 1
             child.record.last_error = child.desk.why
-            _log.error("GPU child of pid %d: %s", child.process.pid, child.desk.why)
+            _log.error("GPU child of pid %d: %s", child.process.pid, child.desk.why, extra={"pid": child.process.pid})
         unanswered = child.desk.gone()
         for listener in self.on_gone:
             listener(child, unanswered)

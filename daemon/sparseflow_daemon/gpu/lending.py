@@ -165,7 +165,7 @@ class Lending:
     def _fail(self, lent: Lent, why: str) -> None:
         lent.state = "failed"
         self.last_error = f"{lent.model.name}: weights are not on GPU {self._device}: {why}"
-        _log.error("%s", self.last_error)
+        _log.error("%s", self.last_error, extra={"model": lent.model.name})
         error = ServerError(f"{self.last_error}; copy the weights instead")
         waiting, lent.waiting = lent.waiting, []
         self.send([(line, self._error(request.request_id, error)) for _, line, request in waiting])
