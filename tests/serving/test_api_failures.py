@@ -1,0 +1,239 @@
+"""Clients that hang up, workers and weight servers that die, a server that is full or told to end: real processes."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+from api_server import DEADLINE_S, ApiServer, until
+from prometheus_client.parser import text_string_to_metric_families
+
+LONG = {"prompt": "In the beginning", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def started(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """(options) -> a server of the demo model, of this test alone."""
+    servers: list[ApiServer] = []
+    home = tmp_path_factory.mktemp("api")
+
+    def start(*options: object, **how: Any) -> ApiServer:
+        servers.append(ApiServer(home, demo_model, *options, **how))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def asked(api: ApiServer, fields: dict[str, Any], **headers: str) -> tuple[HTTPConnection, HTTPResponse]:
+    """A request whose answer has begun."""
+    where = urlsplit(api.url)
+    assert where.hostname
+    connection = HTTPConnection(where.hostname, where.port, timeout=DEADLINE_S)
+    body = json.dumps(fields)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"} | headers)
+    return connection, connection.getresponse()
+
+
+def events(answer: HTTPResponse) -> Iterator[Any]:
+    for line in answer:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+
+
+def text(api: ApiServer, **fields: Any) -> str:
+    connection, answer = asked(api, LONG | {"max_tokens": 12} | fields)
+    body = json.loads(answer.read())
+    connection.close()
+    assert answer.status == 200, body
+    return str(body["choices"][0]["text"])
+
+
+def metrics(api: ApiServer) -> dict[str, float]:
+    """Samples without labels, and with them as `name{a=b}`."""
+    found = {}
+    for family in text_string_to_metric_families(api.get("/metrics")):
+        for sample in family.samples:
+            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+            found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return found
+
+
+def test_client_that_hangs_up_stops_its_generation(api: ApiServer) -> None:
+    before = metrics(api)["sparseflow_cancelled_requests_total"]
+    for stream in (True, False):
+        where = urlsplit(api.url)
+        sock = socket.create_connection((where.hostname, where.port), timeout=DEADLINE_S)
+        body = json.dumps(LONG | {"stream": stream, "n": 100, "temperature": 1}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        sock.sendall(head.encode() + b"\r\n\r\n" + body)
+        until(lambda: metrics(api)["sparseflow_workers_busy"] == 1)
+        sock.close()
+        until(lambda: metrics(api)["sparseflow_workers_busy"] == 0, 20)
+    after = metrics(api)
+    assert after["sparseflow_cancelled_requests_total"] == before + 2
+    assert after["sparseflow_requests"] == 0
+    assert after["sparseflow_worker_restarts_total"] == 0
+
+
+def test_metrics_count_what_was_made_and_show_the_weight_server(api: ApiServer) -> None:
+    before = metrics(api)
+    text(api, max_tokens=7)
+    after = metrics(api)
+    assert after["sparseflow_generated_tokens_total"] - before.get("sparseflow_generated_tokens_total", 0) == 7
+    assert after["sparseflow_workers"] == 2
+    assert after[f"sparseflow_up{{server={api.facts['server']}}}"] == 1
+    route = "sparseflow_http_requests_total{method=POST,route=/v1/completions,status=200}"
+    assert after[route] - before.get(route, 0) == 1
+
+
+def test_health_says_who_is_there(api: ApiServer) -> None:
+    health = json.loads(api.get("/health"))
+    assert health["status"] == "ok"
+    assert health["workers"] == {"alive": 2, "busy": 0, "wanted": 2}
+    assert health["weight_server"]["state"] == "ready"
+
+
+def test_body_that_is_too_large_is_refused_and_the_next_is_served(api: ApiServer) -> None:
+    where = urlsplit(api.url)
+    sock = socket.create_connection((where.hostname, where.port), timeout=DEADLINE_S)
+    sock.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999\r\n\r\n"
+    )
+    try:
+        for _ in range(99):
+            sock.sendall(b" " * 1_000_000)
+    except OSError:
+        pass  # it has closed the connection
+    answer = sock.recv(4096)
+    sock.close()
+    assert b" 413 " in answer.splitlines()[0]
+    assert text(api)
+
+
+def test_worker_that_is_killed_is_an_error_for_its_request_and_another_one_comes(started: Any) -> None:
+    api = started("--workers", 1)
+    whole = text(api)
+    connection, answer = asked(api, LONG | {"stream": True, "n": 100, "temperature": 1})
+    told = events(answer)
+    next(told)
+    (pid,) = api.facts["workers"]
+    next(process for process in api.processes() if process.pid == pid).send_signal(signal.SIGKILL)
+    *_, last = told
+    connection.close()
+    assert last["error"]["code"] == "worker_died"
+    assert text(api) == whole  # waits for the one that takes its place
+    assert metrics(api)["sparseflow_worker_restarts_total"] == 1
+    assert api.stop() == 0
+
+
+def test_weight_server_that_is_killed_is_started_again_and_the_text_goes_on_unchanged(started: Any) -> None:
+    api = started("--workers", 1, "--cpu-cache-ratio", 0.3)
+    connection, answer = asked(api, LONG)
+    whole = json.loads(answer.read())["choices"][0]["text"]
+    connection.close()
+    connection, answer = asked(api, LONG | {"stream": True, "prompt": [2, *range(5, 30)], "max_tokens": 1})
+    answer.read()  # so that nothing of the prompt's is in the worker's cache
+    connection.close()
+    connection, answer = asked(api, LONG | {"stream": True})
+    told = events(answer)
+    begin = next(told)["choices"][0]["text"]
+    old = api.weight_server()
+    old.send_signal(signal.SIGKILL)
+    assert begin + "".join(event["choices"][0]["text"] for event in told) == whole
+    connection.close()
+    until(lambda: json.loads(api.get("/health"))["status"] == "ok")
+    assert api.weight_server().pid != old.pid
+    assert api.stop() == 0
+
+
+def test_request_too_many_is_refused_and_keys_are_asked_for(started: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\n\ntwo\n")
+    api = started("--workers", 1, "--queue", 0, "--api-key-file", keys)
+    for wrong in ("three", "", "on"):
+        connection, answer = asked(api, LONG, Authorization=f"Bearer {wrong}")
+        assert (answer.status, json.loads(answer.read())["error"]["code"]) == (401, "invalid_api_key")
+        connection.close()
+    assert json.loads(api.get("/health"))["status"] == "ok"  # for whoever watches it, without a key
+    with openai.OpenAI(base_url=api.url, api_key="two", max_retries=0) as client:
+        endless = client.completions.create(model="demo_model", **(LONG | {"n": 100, "temperature": 1, "extra_body": {"ignore_eos": True}} | {"stream": True}))  # fmt: skip  # noqa: E501
+        next(iter(endless))
+        with pytest.raises(openai.RateLimitError, match="--queue") as refused:
+            client.completions.create(model="demo_model", prompt="a")
+        assert refused.value.code == "queue_full"
+        assert refused.value.response.headers["retry-after"] == "1"
+        endless.close()
+        until(lambda: metrics(api)["sparseflow_requests"] == 0)
+        assert client.completions.create(model="demo_model", prompt="a", max_tokens=1).usage
+    assert api.stop(signal.SIGINT) == 0
+
+
+def test_text_that_is_being_made_is_finished_when_the_server_is_told_to_end(started: Any) -> None:
+    api = started("--workers", 1)
+    connection, answer = asked(api, LONG | {"stream": True, "max_tokens": 300})
+    told = events(answer)
+    next(told)
+    api.processes()
+    api.process.send_signal(signal.SIGTERM)
+    assert sum(bool(event["choices"][0]["text"]) for event in told) > 250
+    connection.close()
+    assert api.process.wait(DEADLINE_S) == 0
+    api.expect_nothing_left()
+
+
+def test_nothing_is_left_of_a_server_that_is_killed(started: Any) -> None:
+    api = started("--workers", 2)
+    connection, answer = asked(api, LONG | {"stream": True})
+    next(events(answer))
+    api.processes()
+    api.process.kill()
+    connection.close()
+    api.expect_nothing_left()
+
+
+def test_server_that_is_told_to_end_while_it_loads_leaves_nothing(started: Any) -> None:
+    api = started("--workers", 2, ready=False)
+    until(lambda: len(api.processes()) > 1)  # the weight server, or what converts
+    assert api.stop(signal.SIGINT) == 0
+
+
+def refused(home: Path, *options: object) -> tuple[int, str]:
+    """Exit code and what it says, of a server that does not begin."""
+    command = [sys.executable, "-m", "sparseflow", "serve", *map(str, options)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    return finished.returncode, finished.stderr
+
+
+def test_wrong_settings_are_one_line_before_anything_is_loaded(demo_model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        cases = [
+            ([demo_model, "--port", taken.getsockname()[1]], 2, "Address already in use"),
+            ([demo_model, "--host", "192.0.2.1"], 2, "--host 192.0.2.1"),
+            ([demo_model, "--api-key-file", tmp_path / "none"], 1, "none: cannot be read"),
+            ([demo_model, "--api-key-file", empty], 2, "no key in it"),
+            ([], 2, "name either a STORE or a --server"),
+            ([demo_model, "--server", "x"], 2, "name either a STORE or a --server"),
+            (["--server", "x", "--memory", "1GiB"], 2, "--memory 1GiB: the server decides that"),
+            ([demo_model, "--model", "x"], 2, "--model x: goes with --server"),
+        ]
+        for options, code, said in cases:
+            found, text = refused(tmp_path, *options)
+            assert found == code, text
+            (line,) = text.splitlines()
+            assert said in line
