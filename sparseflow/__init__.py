@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparseflow.utils.tensor_ops import measure_memory_usage, reset_memory_stats
 
 __version__ = "0.1.0"
+"""Of this package."""
 
 _HOME_OF = {
     "DiskWeightStore": "sparseflow.core.weight_manager",

@@ -3,11 +3,10 @@
 Each thread that fetches has a line of its own: nothing is locked, and every reply reaches the thread that asked.
 """
 
-import itertools
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -53,7 +52,7 @@ _SEND_TIMEOUT_S = 10.0
 class Line:
     """Of one thread, to one run of the server."""
 
-    def __init__(self, attachment: Attachment, request_ids: "itertools.count[int]") -> None:
+    def __init__(self, attachment: Attachment, request_ids: Iterator[int]) -> None:
         """
         Args:
             request_ids: where the session's request ids come from.

@@ -40,13 +40,13 @@ class OffloadStrategy:
     cpu_cache_ratio: float = 1.0
     """At most this share of all bundles is kept in host memory; less where the memory given does not hold it."""
     aggressive_offload: bool = False
-    """Keep one layer's slots for all layers."""
+    """Keep one layer's slots in host memory, for all layers in turn."""
     activation_threshold: float = 1.0
     """Scales the margin of the predictor's bound; 1.0 leaves the fidelity as it is."""
     use_lru_eviction: bool = True
     """Evict by use, as `eviction` says, else the bundle that came first."""
     async_transfer: bool = True
-    """Read ahead while attention computes, else read when the MLP asks."""
+    """Go on computing while what is foreseen is read; else wait for it, which is slower, to compare with."""
     eviction: str = DEFAULT_EVICTION
     """Of bundles in host memory: the least often used of late (`lfu`), the least recently used (`lru`), or the one that
     came first (`fifo`)."""
@@ -106,9 +106,11 @@ class SparseFlowConfig:
     """A model's sizes, a strategy, and where to compute."""
 
     profile: ModelProfile
+    """The model's sizes. Of the weights' source, `source.profile`; they must be the same."""
     strategy: OffloadStrategy = field(default_factory=OffloadStrategy)
+    """What is kept where."""
     compute_dtype: "torch.dtype | None" = None
-    """None: the dtype of the store."""
+    """That of the store, whatever is computed from it; None: the same. Another one is refused."""
     primary_device: str = "cpu"
     """Where to compute: `cpu`, `cuda` or `cuda:N`."""
     secondary_device: str = "cpu"
@@ -127,7 +129,7 @@ class SparseFlowConfig:
     """transformers' configuration of the same model; None: the one in the store."""
 
     def get_gpu_neuron_count(self, layer_idx: int | None = None) -> int:
-        """Neurons of a layer that have a slot on the GPU."""
+        """Neurons of a layer that may have a slot on the GPU; layer_idx None: of a layer without a share of its own."""
         ratio = self.strategy.gpu_cache_ratio
         if layer_idx is not None and self.profile.layer_sparsity_map:
             ratio = self.profile.layer_sparsity_map.get(layer_idx, ratio)
@@ -137,7 +139,8 @@ class SparseFlowConfig:
         """The same, with as many device slots, but each layer's number by what it gains from them.
 
         Args:
-            miss_curves: one a layer, as calibration finds them (`engine.budgets`).
+            miss_curves: one a layer: misses a token at evenly spaced numbers of slots from 0 to ffn_dim, as
+                `profile.json` of a calibrated store has them.
             least: slots that each layer has in any case.
 
         Raises:
@@ -159,9 +162,10 @@ class SparseFlowConfig:
 
     @classmethod
     def from_transformers_config(cls, hf_config: "OPTConfig", strategy: OffloadStrategy | None = None) -> Self:
-        """
+        """The sizes that transformers' configuration has, and its dtype (float16 where it names none).
+
         Raises:
-            UnsupportedModel: not an OPT, or its activation is not ReLU.
+            UnsupportedModel: not an OPT, or its activation is not ReLU. BadRequest: no dtype of ours.
         """
         dtype = hf_config.dtype or "float16"
         profile = profile_of(hf_config, dtype_name(dtype))

@@ -129,6 +129,8 @@ class Fetch(Protocol):
 
         Raises:
             TimeoutError: they have not after `timeout_s` seconds.
+            DiskError, ShardCorrupt: they could not be read, or are not those that were written.
+            ServerError: a server that has them is gone, and none took its place.
         """
         ...
 
@@ -205,6 +207,9 @@ class WeightSource(Protocol):
             ids: (n,) uint32, ascending, no repeats.
             keep: False: a look that leaves no trace. What had to be read for it is let go when it is released, what was
                 there grows no younger, and neither hits nor misses count it.
+
+        Raises:
+            ArenaBusy: more than can be in host memory at once. BadRequest: not neurons of this model.
         """
         ...
 

@@ -79,12 +79,15 @@ class SparseOPTForCausalLM(OPTForCausalLM):
             self.lm_head = FrozenLinear(hf_config.word_embed_proj_dim, hf_config.vocab_size, bias=False)
         self.model.decoder.layers = nn.ModuleList(layers)
         self.source = source
+        """The weights: a `DiskWeightStore`, or a server's."""
         self.sparseflow_config = config
+        """As given."""
         if config.predictor_weights_path is None:
             predictor = make_predictor(source, fidelity or DEFAULT_FIDELITY, config.strategy.activation_threshold)
         else:
             predictor = given_predictor(source, config.predictor_weights_path)
         self.fidelity = "dense" if predictor is None else predictor.fidelity
+        """What is kept, such as `exact`; `threshold:VALUE` where margins were scaled, `given` for predictors given."""
         self.placed = PlacedModel(self, predictor) if has_slots(config) else None
         """What lies on a device; None where neurons are computed in host memory."""
         if self.placed is None:
@@ -124,6 +127,10 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         """Open a store, a transformers checkpoint folder or a hub id; a checkpoint is converted once.
 
         Args:
+            name: the store, folder or id.
+            strategy: what is kept where; None: `OffloadStrategy()`.
+            fidelity: which neurons are computed: `exact`, `certified`, `calibrated`, `calibrated:RECALL`,
+                `calibrated:RECALL:PREDICTOR`, or `dense`.
             memory: the most that weights, arena and buffers may take, such as `6GiB`; `auto`: nine tenths of what is
                 free. What does not fit stays on disk and is read as it is needed.
             io: how it is read: `direct`, `buffered`, `map`, or `auto`.
@@ -132,11 +139,14 @@ class SparseOPTForCausalLM(OPTForCausalLM):
                 values of 256 tokens (those of more come on top); `auto`: nine tenths of what is free there. What is
                 left by weights and codes is for neurons, of which `strategy.gpu_cache_ratio` are the most.
             dtype: `float16`, `bfloat16`, `float32`; None or `auto`: as the checkpoint or store has it.
+            cache_dir: where converted stores are kept; None: `$SPARSEFLOW_HOME/stores`.
             attn_implementation: transformers' name of one, such as `eager`; None: its choice.
             quiet: no progress bar while converting.
 
         Raises:
-            SparseFlowError: as its text says; for what can be known beforehand, before anything is converted.
+            BadRequest: a value that cannot be served; told before anything is converted.
+            UnsupportedModel: not a ReLU OPT. NotEnoughMemory, NotEnoughDisk: with both sizes.
+            DiskError, ShardCorrupt: what is there cannot be read, or is not what was written.
         """
         if unknown:
             raise BadRequest(
@@ -179,15 +189,19 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         """Attach to a weight server of this host; its memory is used in place.
 
         Args:
-            name: of the server.
+            name: of the server (`sparseflow-daemon STORE --name NAME`).
             model: which of its models; None: its only one.
-            device, device_memory: as `from_pretrained` is told.
+            fidelity, device, device_memory: as `from_pretrained` is told.
             gpu_cache_ratio, device_hints, activation_threshold: as in `OffloadStrategy`.
             borrows_dense: as in `SparseFlowConfig`.
-            source: what `WeightClient` takes: `expected`, `load_timeout_s`, `reconnect_timeout_s`.
+            attn_implementation: transformers' name of one; None: its choice.
+            source: what `WeightClient` takes: `expected` (the server's fields that must be as given), and in seconds
+                `load_timeout_s` (600: while a server loads), `reconnect_timeout_s` (30: for one after one that ended).
 
         Raises:
-            SparseFlowError: as its text says.
+            ServerNotRunning, NoAnswer: nobody serves under that name, or not in time.
+            NoSuchModel, FingerprintMismatch, ProtocolMismatch, NotPermitted, ArenaBusy, Draining: as the server says.
+            BadRequest: a value that cannot be served.
         """
         require_device(device)
         require_fidelity(fidelity)
@@ -233,11 +247,11 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         return self.coordinator.stats
 
     def reset_stats(self) -> None:
-        """Start counting anew."""
+        """Start counting anew: `stats` is empty."""
         self.coordinator.stats = RunStats()
 
     def bytes_touched_per_token(self) -> int:
-        """Bytes of weights that one decode step reads: the dense part; codes and bundles as counted so far.
+        """Bytes of weights that one decode step reads: the dense part; codes and bundles as `stats` counts them so far.
 
         Of an embedding table a token reads a row, of the head all; of a bundle that turns out inactive, fc1's half.
         """
@@ -262,6 +276,9 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         **kwargs: Any,
     ) -> Any:
         """As transformers' `OPTForCausalLM.forward`, whose `generate` looks at these names.
+
+        input_ids, attention_mask, position_ids, labels: (batch, tokens) int64. Of what is returned, logits: (batch,
+        tokens or `logits_to_keep`, vocabulary), the store's dtype.
 
         Raises:
             PromptTooLong: more positions than the model has.
@@ -312,7 +329,10 @@ class SparseOPTForCausalLM(OPTForCausalLM):
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
     def device_report(self) -> dict[str, Any]:
-        """What lies on the device, in bytes, and how neurons get there; empty where there are no device slots."""
+        """What lies on the device, and how neurons get there; empty where there are no device slots.
+
+        `nbytes` by what they hold, `transport` and `transport_reason`, `n_slots`, `uses_graph`, `n_streamed_layers`
+        """
         return {} if self.placed is None else self.placed.report()
 
     def _load_dense(self, dense: Mapping[str, Tensor]) -> None:

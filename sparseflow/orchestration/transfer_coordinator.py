@@ -38,18 +38,19 @@ _SAMPLE_STEP = 8
 
 @dataclass(frozen=True, slots=True)
 class NeuronTransferPlan:
-    """What one layer step moves to a device. Neurons are ids, positions are device slots.
-
-    transfer_positions[i] is where neurons_to_load[i] goes.
-    """
+    """What one layer step moves to a device. Neurons are ids, positions are device slots."""
 
     neurons_to_load: NDArray[np.int64]
+    """(n,): have no slot yet."""
     neurons_to_evict: NDArray[np.int64]
+    """(m,), m <= n: lose theirs to these."""
     neurons_already_cached: NDArray[np.int64]
+    """(k,): have one, and stay."""
     transfer_positions: NDArray[np.int64]
+    """(n,): transfer_positions[i] is where neurons_to_load[i] goes."""
 
     def get_total_transfer_count(self) -> int:
-        """Bundles to copy."""
+        """How many bundles to copy."""
         return len(self.neurons_to_load)
 
     def is_empty(self) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import time
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparseflow.serving.api_error import ApiError
@@ -13,26 +14,34 @@ _log = logging.getLogger("sparseflow.serving")
 
 
 class BodyLimit:
-    """Refuses what is larger than a body may be, before it is held in memory."""
+    """Takes a request's body before anybody looks at it, and refuses one that is too large."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls it."""
-        n_received = 0
-
-        async def limited() -> Message:
-            nonlocal n_received
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        more = True
+        while more:
             message = await receive()
-            n_received += len(message.get("body", b""))
-            if n_received > BODY_NBYTES_MAX:
-                raise ApiError(
-                    413, "body_too_large", f"the body has more than {BODY_NBYTES_MAX} bytes; send several requests"
-                )
-            return message
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > BODY_NBYTES_MAX:
+                error = ApiError(413, "body_too_large", f"the body has more than {BODY_NBYTES_MAX} bytes; send less")
+                await JSONResponse(error.body(), error.status, {"Connection": "close"})(scope, receive, send)
+                return
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        await self._app(scope, limited, send)
+        async def received() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self._app(scope, received, send)
 
 
 class Observed:

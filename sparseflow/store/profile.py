@@ -8,22 +8,28 @@ DTYPE_NBYTES: Mapping[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """Sizes of one model, and of its bundles.
-
-    `layer_sparsity_map` maps a layer to its own share of neurons kept in the device cache; other layers use
-    `OffloadStrategy.gpu_cache_ratio`.
-    """
+    """Sizes of one model, and of its bundles."""
 
     model_identifier: str
+    """What people call it; on a server, the part behind the last `/`."""
     hidden_dimension: int
+    """Width of the residual stream, and of a neuron's rows."""
     ffn_dimension: int
+    """Neurons of a layer."""
     num_layers: int
+    """Counted from 0 everywhere."""
     num_attention_heads: int
+    """Of a layer; divides `hidden_dimension`."""
     max_sequence_length: int
+    """Positions: tokens of prompt and continuation together."""
     vocab_size: int
+    """Rows of the embeddings."""
     layer_sparsity_map: Mapping[int, float] | None = None
+    """Layer -> its own share of neurons kept in the device cache; others use `OffloadStrategy.gpu_cache_ratio`."""
     dtype: str = "float16"
-    parts_per_bundle: int = 2  # fc1 row, fc2 column
+    """Of the weights as stored: `float16`, `bfloat16` or `float32`."""
+    parts_per_bundle: int = 2
+    """A row of fc1, a column of fc2."""
 
     @property
     def part_nbytes(self) -> int:

@@ -22,7 +22,7 @@ def measure_memory_usage() -> tuple[float, float]:
 
 
 def reset_memory_stats() -> None:
-    """Start a new peak."""
+    """Start a new peak for `measure_memory_usage`; on a GPU, also give torch's unused memory back."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.empty_cache()

@@ -36,7 +36,7 @@ class ApiServer:
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="sf-"))
         self._log = home / f"{self.runtime_dir.name}.log"
         own = {"SPARSEFLOW_RUNTIME_DIR": str(self.runtime_dir), "SPARSEFLOW_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        words = ["-m", "sparseflow", "serve", "--port", "0", "--json", *map(str, options)]
+        words = ["-m", "sparseflow", "serve", "--port", "0", "--threads", "1", "--json", *map(str, options)]
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *words], stdout=subprocess.PIPE, stderr=log, env=os.environ | own | variables

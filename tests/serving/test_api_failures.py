@@ -44,6 +44,20 @@ def asked(api: ApiServer, fields: dict[str, Any], **headers: str) -> tuple[HTTPC
     return connection, connection.getresponse()
 
 
+def begun(api: ApiServer, body_nbytes: int) -> socket.socket:
+    """A connection whose request has still to send its body."""
+    where = urlsplit(api.url)
+    sock = socket.create_connection((where.hostname, where.port), timeout=DEADLINE_S)
+    lines = (
+        "POST /v1/completions HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {body_nbytes}",
+    )
+    sock.sendall("".join(f"{line}\r\n" for line in (*lines, "")).encode())
+    return sock
+
+
 def events(answer: HTTPResponse) -> Iterator[Any]:
     for line in answer:
         if line.startswith(b"data: {"):
@@ -106,19 +120,9 @@ def test_health_says_who_is_there(api: ApiServer) -> None:
 
 
 def test_body_that_is_too_large_is_refused_and_the_next_is_served(api: ApiServer) -> None:
-    where = urlsplit(api.url)
-    sock = socket.create_connection((where.hostname, where.port), timeout=DEADLINE_S)
-    sock.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999\r\n\r\n"
-    )
-    try:
-        for _ in range(99):
-            sock.sendall(b" " * 1_000_000)
-    except OSError:
-        pass  # it has closed the connection
-    answer = sock.recv(4096)
-    sock.close()
-    assert b" 413 " in answer.splitlines()[0]
+    with begun(api, 99_999_999) as sock:
+        sock.sendall(b" " * (17 << 20))
+        assert b" 413 " in sock.recv(4096).splitlines()[0]
     assert text(api)
 
 
@@ -140,13 +144,9 @@ def test_worker_that_is_killed_is_an_error_for_its_request_and_another_one_comes
 
 def test_weight_server_that_is_killed_is_started_again_and_the_text_goes_on_unchanged(started: Any) -> None:
     api = started("--workers", 1, "--cpu-cache-ratio", 0.3)
-    connection, answer = asked(api, LONG)
-    whole = json.loads(answer.read())["choices"][0]["text"]
-    connection.close()
-    connection, answer = asked(api, LONG | {"stream": True, "prompt": [2, *range(5, 30)], "max_tokens": 1})
-    answer.read()  # so that nothing of the prompt's is in the worker's cache
-    connection.close()
-    connection, answer = asked(api, LONG | {"stream": True})
+    whole = text(api, max_tokens=200)
+    text(api, prompt=[2, *range(5, 30)])  # so that nothing of the first prompt is in the worker's cache
+    connection, answer = asked(api, LONG | {"max_tokens": 200, "stream": True})
     told = events(answer)
     begin = next(told)["choices"][0]["text"]
     old = api.weight_server()
@@ -168,7 +168,9 @@ def test_request_too_many_is_refused_and_keys_are_asked_for(started: Any, tmp_pa
         connection.close()
     assert json.loads(api.get("/health"))["status"] == "ok"  # for whoever watches it, without a key
     with openai.OpenAI(base_url=api.url, api_key="two", max_retries=0) as client:
-        endless = client.completions.create(model="demo_model", **(LONG | {"n": 100, "temperature": 1, "extra_body": {"ignore_eos": True}} | {"stream": True}))  # fmt: skip  # noqa: E501
+        endless = client.completions.create(
+            model="demo_model", prompt="In the beginning", max_tokens=500, n=100, stream=True
+        )
         next(iter(endless))
         with pytest.raises(openai.RateLimitError, match="--queue") as refused:
             client.completions.create(model="demo_model", prompt="a")
@@ -181,7 +183,7 @@ def test_request_too_many_is_refused_and_keys_are_asked_for(started: Any, tmp_pa
 
 
 def test_text_that_is_being_made_is_finished_when_the_server_is_told_to_end(started: Any) -> None:
-    api = started("--workers", 1)
+    api = started("--workers", 1, "--drain-timeout", DEADLINE_S)
     connection, answer = asked(api, LONG | {"stream": True, "max_tokens": 300})
     told = events(answer)
     next(told)
