@@ -1,0 +1,1 @@
+"""What `sparseflow doctor` looks at: this machine, what is installed, what is stored here and what runs."""
