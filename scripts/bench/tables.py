@@ -1,17 +1,18 @@
-"""The README's tables of speed, from the results that `reproduce.sh` and `gpu.py` have written.
+"""The README's tables and figures of speed, from the results that `reproduce.sh` and `gpu.py` have written.
 
 python scripts/bench/tables.py            # print them
-python scripts/bench/tables.py --write    # put them into README.md, each between its two marks
+python scripts/bench/tables.py --write    # put them into README.md, each between its two marks; and draw the figures
 """
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sparseflow.bench.figure import draw, draw_gpu, name_of
+from sparseflow.bench.gpu.cases import SMALL_CAP
 from sparseflow.bench.gpu.report import markdown
 from sparseflow.bench.report import rate_cells
 from sparseflow.utils.sizes import format_size
@@ -20,30 +21,6 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results")
 END = "<!-- end -->"
 Row = dict[str, Any]
-
-NAMES = {
-    "transformers": "transformers, dense",
-    "device_map": "accelerate, all layers on disk",
-    "disk_offload": "accelerate `disk_offload`",
-    "airllm:gc=stubbed": "AirLLM, its garbage collection stubbed",
-    "airllm:gc=stock": "AirLLM",
-    "ctranslate2:compute=float32": "CTranslate2 float32",
-    "ctranslate2:compute=int8": "CTranslate2 int8 (not exact)",
-    "onnxruntime": "ONNX Runtime float32",
-    "sparseflow:fidelity=dense": "SparseFlow `dense`: sparsity off",
-    "sparseflow": "**SparseFlow `exact`**",
-    "sparseflow:fidelity=certified": "**SparseFlow `certified`**",
-    "sparseflow:fidelity=calibrated": "**SparseFlow `calibrated`**",
-}
-
-
-def name(label: str) -> str:
-    """Of a case, for people."""
-    match = re.fullmatch(r"device_map:layers=(\d+),copied=(yes|no)", label)
-    if match is None:
-        return NAMES.get(label, label)
-    where = "copied to private memory" if match[2] == "yes" else "mapped"
-    return f"accelerate, {match[1]} layers {where}, the best partial offload"
 
 
 def number(key: str, unit: float = 1, digits: int = 0, suffix: str = "") -> Callable[[Row], str]:
@@ -83,11 +60,11 @@ def table(title: str, result: dict[str, Any]) -> str:
     summary, asked, environment = result["summary"], result["conditions"], result["environment"]
     columns = COLUMNS.get(title, OTHERWISE)
     first = next(iter(summary))
-    heads = ["", f"tokens/s, median of {summary[first]['n_runs']} (range)", f"times {name(first)}"]
+    heads = ["", f"tokens/s, median of {summary[first]['n_runs']} (range)", f"times {name_of(first)}"]
     lines = [heads + [head for head, _ in columns]]
     lines.append(["---"] * len(lines[0]))
     for label, row in summary.items():
-        lines.append([name(label), *rate_cells(row, first), *(cell(row) for _, cell in columns)])
+        lines.append([name_of(label), *rate_cells(row, first), *(cell(row) for _, cell in columns)])
     memory = result["machine"]["memory_bytes_per_s"]
     limit = f"{format_size(asked['limit_nbytes'])} of memory with page cache, cold" if asked["limit_nbytes"] else "warm"
     conditions = (
@@ -127,6 +104,15 @@ def all_tables() -> dict[str, str]:
     return tables | ({"gpu": "\n\n".join(of_gpus)} if of_gpus else {})
 
 
+def write_figures() -> None:
+    """`NAME.svg` beside every `NAME.json`."""
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        is_of_gpu = path.stem.startswith("gpu-")
+        figure = draw_gpu(result, "opt-6.7b", SMALL_CAP) if is_of_gpu else draw(result)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
 def main() -> None:
     """Print, or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,6 +120,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     if parser.parse_args().write:
         readme.write_text(written_into(readme.read_text(encoding="utf-8"), all_tables()), encoding="utf-8")
+        write_figures()
         return
     for title, content in all_tables().items():
         sys.stdout.write(f"{title}\n\n{content}\n\n")

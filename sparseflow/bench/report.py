@@ -1,4 +1,4 @@
-"""What a benchmark found: medians by case, beside the machine's limits; as a table, CSV and a figure."""
+"""What a benchmark found: medians by case, beside the machine's limits; as a table and CSV, and the files of them."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparseflow.bench.figure import draw
 from sparseflow.bench.runs import Run
 from sparseflow.errors import DiskError
 from sparseflow.utils.sizes import format_size
@@ -179,34 +180,10 @@ def write_files(result: dict[str, Any], csv_path: Path | None, plot_path: Path |
             csv_path.write_text(format_csv(result["summary"]), encoding="utf-8")
             written.append(csv_path)
         if plot_path is not None:
-            figure = draw(result["summary"])
+            figure = draw(result)
             for ending in ("png", "svg"):
                 written.append(plot_path.with_name(f"{plot_path.name}.{ending}"))
-                figure.savefig(written[-1], dpi=150)
+                figure.savefig(written[-1], dpi=150, metadata={"Date": None} if ending == "svg" else None)
     except OSError as error:
         raise DiskError(f"{error}; give a path in a folder that is there and can be written") from error
     return written
-
-
-def draw(summary: dict[str, Row]) -> Any:
-    """Bars of tokens/s with their spread, and a mark where memory's limit is."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    finished = {label: row for label, row in summary.items() if row["n_finished"]}
-    figure = Figure(figsize=(9, 1 + 0.45 * len(finished)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    rates = [row["decode_tokens_per_s"] for row in finished.values()]
-    below = [row["decode_tokens_per_s"] - row["lowest_tokens_per_s"] for row in finished.values()]
-    above = [row["highest_tokens_per_s"] - row["decode_tokens_per_s"] for row in finished.values()]
-    places = range(len(finished))
-    axes.barh(places, rates, xerr=[below, above], color="C0", ecolor="0.4")
-    limits = [row["memory_limit_tokens_per_s"] for row in finished.values()]
-    axes.plot(limits, places, "|", color="C3", markersize=16, label="if only reading memory took time")
-    axes.set_yticks(places, labels=list(finished))
-    axes.invert_yaxis()
-    axes.set_xlabel("decoded tokens per second")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper right", frameon=False)
-    return figure

@@ -5,7 +5,7 @@ import io
 import re
 from typing import Any
 
-from sparseflow.bench.report import draw, format_csv, format_table, note_agreement, summarise
+from sparseflow.bench.report import format_csv, format_table, note_agreement, summarise
 
 
 def run_of(label: str, rate: float, n_round: int = 0, **more: Any) -> dict[str, Any]:
@@ -72,10 +72,3 @@ def test_csv_has_a_row_a_case() -> None:
     assert [row["case"] for row in rows] == ["transformers", "sparseflow", "airllm"]
     assert [row["decode_tokens_per_s"] for row in rows] == ["2", "4", ""]
     assert [row["n_finished"] for row in rows] == ["1", "1", "0"]
-
-
-def test_figure_has_a_bar_a_case_that_finished() -> None:
-    summary = summarise([run_of("transformers", 2), run_of("sparseflow", 4), failed_run("airllm")], 500, 1000)
-    axes = draw(summary).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [2, 4]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["transformers", "sparseflow"]
