@@ -21,6 +21,7 @@ from sparseflow.bench.cases import PARTIAL, Case, layer_nbytes, one_layer_more, 
 from sparseflow.bench.child import CONVERTERS
 from sparseflow.bench.memory_cgroup import GroupParent, GroupUsage, MemoryGroup, drop_page_cache, swap_nbytes
 from sparseflow.errors import BadRequest
+from sparseflow.utils.progress import waiting
 from sparseflow.utils.sizes import format_size
 
 CHILD = Path(__file__).with_name("child.py")
@@ -59,16 +60,23 @@ class Bench:
     """Runs cases, and reports each, however it ends."""
 
     def __init__(
-        self, conditions: Conditions, parent: GroupParent | None, scratch: Path, say: Callable[[str], None]
+        self,
+        conditions: Conditions,
+        parent: GroupParent | None,
+        scratch: Path,
+        say: Callable[[str], None],
+        *,
+        quiet: bool = True,
     ) -> None:
         """
         Args:
             parent: where groups are made; None: a limit is stood for by eviction.
             scratch: a folder for what peers write.
             say: told of each finished run.
+            quiet: not how long the one takes that runs.
         """
         self.conditions, self.parent = conditions, parent
-        self._scratch, self._say = scratch, say
+        self._scratch, self._say, self._quiet = scratch, say, quiet
         self.libraries: list[Path] = []
         """Dropped from the page cache too, so that each run pays for its own."""
 
@@ -83,7 +91,8 @@ class Bench:
         is_cold = self.conditions.is_cold or limit_nbytes is not None
         left = [drop_page_cache(paths) for paths in (self._weights, self.libraries)] if is_cold else [None, None]
         load_average, start = os.getloadavg()[0], time.perf_counter()
-        status, output, usage = self._finished(case, limit_nbytes, replaced)
+        with waiting(case.label, quiet=self._quiet):
+            status, output, usage = self._finished(case, limit_nbytes, replaced)
         report: Run = {
             "peer": case.peer,
             "label": case.label,

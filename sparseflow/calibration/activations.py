@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sparseflow.orchestration.layer_mlp import LayerMlp
+from sparseflow.utils.progress import progress
 
 if TYPE_CHECKING:
     from sparseflow.models.opt_sparse import SparseOPTForCausalLM
@@ -94,7 +94,8 @@ def run_layer(
     is_active = np.empty((n_tokens, -(-len(mlp.fc1_bias) // 8)), np.uint8)
     module.coordinator = watcher = _Watcher(mlp)
     try:
-        for start in tqdm(range(0, n_tokens, _at_once(window)), desc=f"layer {layer}: run", disable=quiet, leave=False):
+        starts = range(0, n_tokens, _at_once(window))
+        for start in progress(starts, f"layer {layer}: run", quiet=quiet, leave=False):
             rows = slice(start, start + _at_once(window))
             output = module(stream[rows].view(-1, window, hidden), attention_mask=None)
             written[rows] = output.flatten(0, 1)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sparseflow.calibration import activations
 from sparseflow.calibration.activity_statistics import layer_statistics
@@ -40,6 +39,7 @@ from sparseflow.store.calibration import (
 )
 from sparseflow.store.manifest import Manifest
 from sparseflow.store.shard_format import FileEntry, TensorFileWriter, TensorSpec, hash_file
+from sparseflow.utils.progress import progress, waiting
 from sparseflow.utils.tokenizer import token_windows, tokenizer_of
 
 DEFAULT_RECALL = 0.99
@@ -95,9 +95,10 @@ def calibrate(
     settings = settings or CalibrationSettings()
     store = store.absolute()
     with exclusive(store.with_name(store.name + ".calibration"), "calibrating") as folder, torch.no_grad():
-        model = SparseOPTForCausalLM.from_pretrained(
-            store, memory=memory, fidelity="dense", attn_implementation="sdpa", quiet=quiet
-        )
+        with waiting(f"opening {store}", quiet=quiet):
+            model = SparseOPTForCausalLM.from_pretrained(
+                store, memory=memory, fidelity="dense", attn_implementation="sdpa", quiet=quiet
+            )
         try:
             calibration = _Run(model, folder, texts, settings, quiet=quiet).run()
         finally:
@@ -160,7 +161,7 @@ class _Run:
             activations.embed(self._model, self._windows, self._folder / self._stream(0))
             self._record(self._stream(0))
         layers = range(self._profile.num_layers)
-        with tqdm(layers, desc="calibrate", unit="layer", disable=self._quiet) as bar:
+        with progress(layers, "calibrate", quiet=self._quiet, unit="layer") as bar:
             for layer in bar:
                 if self._record_name(layer) not in self._journal.finished:
                     self._fit(layer, codes[layer])

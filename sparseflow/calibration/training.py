@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from sparseflow.calibration.activations import LayerActivity
 from sparseflow.orchestration.low_rank import LowRank, half_precision
+from sparseflow.utils.progress import progress
 
 # A missed neuron costs quality, a needless one only its bytes.
 POSITIVE_WEIGHT = 8.0
@@ -37,7 +37,7 @@ def train(
         optimizer = torch.optim.Adam(weights, _RATE)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, n_steps))
         order = torch.empty(0, dtype=torch.int64)
-        for _ in tqdm(range(n_steps), desc=f"rank {start.rank}: train", disable=quiet, leave=False):
+        for _ in progress(range(n_steps), f"rank {start.rank}: train", quiet=quiet, leave=False):
             if len(order) < min(_BATCH, n_tokens):
                 order = torch.randperm(n_tokens, generator=generator)
             rows, order = order[:_BATCH], order[_BATCH:]

@@ -14,9 +14,17 @@ from sparseflow.bench.cases import PARTIAL, Case
 from sparseflow.bench.child import PEERS
 from sparseflow.bench.memory_cgroup import GroupParent, NoMemoryGroupError, find_group_parent
 from sparseflow.bench.runs import DEMO_MODEL, Bench, Conditions
-from sparseflow.cli.arguments import number
+from sparseflow.cli.arguments import add_quiet, number, size
 from sparseflow.errors import BadRequest
-from sparseflow.utils.sizes import parse_size
+from sparseflow.utils.progress import waiting
+from sparseflow.utils.sizes import SIZE_FORMS, parse_size
+
+EXAMPLES = """\
+examples:
+  sparseflow bench --quick
+  sparseflow bench CHECKPOINT --store STORE --tokens 64 --rounds 5 --csv result.csv
+  sparseflow bench CHECKPOINT --store STORE --limit 2.15GiB --cases device_map sparseflow:fidelity=certified,io=map
+"""
 
 _UNLIMITED = ["transformers", "sparseflow:fidelity=dense", "sparseflow"]
 _LIMITED = ["device_map", PARTIAL, "sparseflow:fidelity=dense", "sparseflow"]
@@ -25,9 +33,16 @@ _LIMITED = ["device_map", PARTIAL, "sparseflow:fidelity=dense", "sparseflow"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, the cases, and under which conditions they run."""
     parser.add_argument(
-        "model", nargs="?", type=Path, default=DEMO_MODEL, help="a transformers checkpoint folder with safetensors"
+        "model",
+        nargs="?",
+        type=Path,
+        default=DEMO_MODEL,
+        metavar="MODEL",
+        help="a transformers checkpoint folder with safetensors; without, the demo model",
     )
-    parser.add_argument("--store", type=Path, help="the same model, converted; else it is converted for the benchmark")
+    parser.add_argument(
+        "--store", type=Path, metavar="STORE", help="the same model, converted; without, it is converted for the while"
+    )
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -36,22 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join((*PEERS, PARTIAL))}, with options as in sparseflow:fidelity=certified,io=map; default: "
         f"{' '.join(_UNLIMITED)}; with --limit: {' '.join(_LIMITED)}",
     )
-    parser.add_argument("--limit", type=parse_size, metavar="SIZE", help="memory of each run, such as 2.15GiB")
-    parser.add_argument("--memory", help="for SparseFlow's weights; under a limit, else what it and --reserve leave")
-    parser.add_argument(
-        "--reserve", type=parse_size, default=parse_size("64MiB"), help="for caches of keys and the kernel's own; bytes"
-    )
-    parser.add_argument("--cold", action="store_true", help="drop files from the page cache before each run")
-    parser.add_argument("--tokens", type=number(int, 2), default=32, help="to decode in each run")
-    parser.add_argument("--prompt-tokens", type=number(int, 1), default=8, help="before them")
-    parser.add_argument("--rounds", type=number(int, 1), default=3, help="runs of each case")
-    parser.add_argument("--threads", type=number(int, 1), default=len(os.sched_getaffinity(0)), help="of each run")
-    parser.add_argument("--dtype", help="of peers that can choose; else as in the checkpoint")
-    parser.add_argument("--seed", type=int, default=1, help="of prompt and tokens")
-    parser.add_argument("--deadline-s", type=float, default=900, help="of each run")
-    parser.add_argument(
-        "--partial-layers", type=number(int, 1), nargs="+", default=[], help="of partial offloads to try; else as fit"
-    )
+    _add_conditions(parser)
     parser.add_argument(
         "--python", type=_pair, nargs="+", default=[], metavar="PEER=PATH", help="interpreter of a peer"
     )
@@ -61,6 +61,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few tokens, one round: to see that it works")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there too")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
+    add_quiet(parser, "no word of each run, and not how long it takes")
+
+
+def _add_conditions(parser: argparse.ArgumentParser) -> None:
+    """What is the same for all runs."""
+    group = parser.add_argument_group("memory")
+    group.add_argument("--limit", type=size, metavar="SIZE", help=f"of each run, with page cache: {SIZE_FORMS}")
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="for SparseFlow's weights, or auto; without, what --limit and --reserve leave, or auto",
+    )
+    group.add_argument(
+        "--reserve", type=size, default="64MiB", metavar="SIZE", help="for caches of keys and the kernel's own"
+    )
+    group.add_argument("--cold", action="store_true", help="drop files from the page cache before each run")
+    group = parser.add_argument_group("runs")
+    group.add_argument("--tokens", type=number(int, 2), default=32, metavar="N", help="to decode in each run")
+    group.add_argument("--prompt-tokens", type=number(int, 1), default=8, metavar="N", help="before them")
+    group.add_argument("--rounds", type=number(int, 1), default=3, metavar="N", help="runs of each case")
+    group.add_argument(
+        "--threads", type=number(int, 1), default=len(os.sched_getaffinity(0)), metavar="N", help="of each run"
+    )
+    group.add_argument("--dtype", metavar="DTYPE", help="of peers that can choose; without, as in the checkpoint")
+    group.add_argument("--seed", type=int, default=1, metavar="N", help="of prompt and tokens")
+    group.add_argument("--deadline-s", type=float, default=900, metavar="SECONDS", help="of each run")
+    group.add_argument(
+        "--partial-layers",
+        type=number(int, 1),
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="that partial offloads to try keep in memory; without, as many as fit",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -73,7 +107,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         require_plotting()
     _require_checkpoint(arguments.model)
     with tempfile.TemporaryDirectory(prefix="sparseflow-bench-") as scratch:
-        bench = Bench(_conditions(arguments, Path(scratch)), _group_parent(arguments.limit), Path(scratch), _say)
+        conditions, say = _conditions(arguments, Path(scratch)), _ignore if arguments.quiet else _say
+        bench = Bench(conditions, _group_parent(arguments.limit), Path(scratch), say, quiet=arguments.quiet)
         cases = arguments.cases or [Case.parse(text) for text in (_LIMITED if arguments.limit else _UNLIMITED)]
         result = run_benchmark(bench, cases, 1 if arguments.quick else arguments.rounds, arguments.partial_layers)
     if not arguments.json:
@@ -122,7 +157,8 @@ def _converted(arguments: argparse.Namespace, scratch: Path) -> Path:
     store = scratch / "store"
     dtype = ["--dtype", arguments.dtype] if arguments.dtype else []
     command = [sys.executable, "-m", "sparseflow", "convert", str(arguments.model), str(store), *dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with waiting(f"converting {arguments.model}", quiet=arguments.quiet):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BadRequest(f"{arguments.model} cannot be converted: {done.stderr.strip()}")
     return store
@@ -149,3 +185,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _ignore(text: str) -> None:
+    pass

@@ -4,11 +4,10 @@ A calibration that was stopped goes on where it was when the same command is run
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseflow.cli.arguments import number
+from sparseflow.cli.arguments import MODEL_HELP, add_dtype, add_memory, add_quiet, model_path, number
 
 if TYPE_CHECKING:
     from sparseflow.store.calibration import Calibration
@@ -17,21 +16,29 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """STORE --text, and how much is fitted."""
-    parser.add_argument("store", help="a store, a transformers checkpoint folder, or a hub id")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text like that to be generated")
-    parser.add_argument("--recall", type=float, default=0.99, help="of the active neurons, that shall be found")
-    parser.add_argument("--tokens", type=number(int, 1), help="at most so many of the text; else all")
-    parser.add_argument("--window", type=number(int, 2), default=256, help="tokens that attend to each other")
-    parser.add_argument("--epochs", type=number(int, 0), default=2, help="of training; 0: no trained predictors")
+    parser.add_argument("store", type=model_path, metavar="STORE", help=MODEL_HELP)
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="files of text like that to be generated"
+    )
+    parser.add_argument(
+        "--recall", type=float, default=0.99, metavar="SHARE", help="of the active neurons, that shall be found"
+    )
+    parser.add_argument("--tokens", type=number(int, 1), metavar="N", help="at most so many of the text; without, all")
+    parser.add_argument(
+        "--window", type=number(int, 2), default=256, metavar="N", help="tokens that attend to each other"
+    )
+    parser.add_argument(
+        "--epochs", type=number(int, 0), default=2, metavar="N", help="of training; 0: no trained predictors"
+    )
     parser.add_argument(
         "--keep-all", action="store_true", help="store also predictors that are the cheapest at no recall"
     )
     parser.add_argument(
         "--codes-only", action="store_true", help="nothing of low rank: for models of billions, where that takes long"
     )
-    parser.add_argument("--memory", default="auto", help="as of generate")
-    parser.add_argument("--dtype", help="as of generate")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_memory(parser)
+    add_dtype(parser)
+    add_quiet(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -44,9 +51,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         *(arguments.recall, arguments.tokens, arguments.window, arguments.epochs, arguments.keep_all),
         codes_only=arguments.codes_only,
     )
-    quiet = arguments.quiet or not sys.stderr.isatty()
-    store = find_or_convert(arguments.store, dtype=arguments.dtype, quiet=quiet)
-    calibration = calibrate(store, arguments.text, settings, memory=arguments.memory, quiet=quiet)
+    store = find_or_convert(arguments.store, dtype=arguments.dtype, quiet=arguments.quiet)
+    calibration = calibrate(store, arguments.text, settings, memory=arguments.memory, quiet=arguments.quiet)
     profile = Manifest.load(store).profile
     rows = [layer_costs(calibration, layer, profile) for layer in range(profile.num_layers)]
     if not arguments.json:

@@ -6,20 +6,28 @@ A conversion that was stopped goes on where it was when the same command is run 
 import argparse
 from pathlib import Path
 
-from sparseflow.cli.arguments import add_dtype
+from sparseflow.cli.arguments import add_dtype, add_quiet, model_path
+
+EXAMPLES = """\
+examples:
+  sparseflow convert facebook/opt-1.3b /data/opt-1.3b
+  sparseflow convert ./checkpoint ./store --dtype float16
+  sparseflow convert facebook/opt-1.3b  # into $SPARSEFLOW_HOME, where its name finds it
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL STORE --dtype --quiet"""
-    parser.add_argument("model", help="a transformers checkpoint folder, or a hub id")
+    parser.add_argument("model", type=model_path, metavar="MODEL", help="a transformers checkpoint folder, or a hub id")
     parser.add_argument(
         "store",
         type=Path,
         nargs="?",
-        help="the store to make; must not exist. Without it: found or made at home",
+        metavar="STORE",
+        help="the store to make; must not exist. Without it: found or made in $SPARSEFLOW_HOME",
     )
     add_dtype(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_quiet(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:

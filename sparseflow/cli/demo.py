@@ -8,8 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 from sparseflow.assets import DEMO_MODEL
-from sparseflow.cli.arguments import number
+from sparseflow.cli.arguments import add_quiet, model_path, number
 from sparseflow.core.config import OffloadStrategy
+from sparseflow.utils.progress import waiting
 
 if TYPE_CHECKING:
     from sparseflow.cli.running import Run
@@ -20,19 +21,32 @@ PROMPT = "And it came to pass in those days, that"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--model --cache-ratio --prompt --max-new-tokens"""
-    parser.add_argument("--model", help="a transformers checkpoint folder or a hub id; else the demo model")
+    parser.add_argument(
+        "--model",
+        type=model_path,
+        metavar="MODEL",
+        help="a transformers checkpoint folder or a hub id; without, the demo model",
+    )
     parser.add_argument(
         "--cache-ratio",
         type=float,
         default=OffloadStrategy().gpu_cache_ratio,
-        help="share of all bundles with a slot on the GPU; without effect on a CPU",
+        metavar="SHARE",
+        help="of all neurons, that have a slot on the GPU; without effect on a CPU",
     )
-    parser.add_argument("--prompt", default=PROMPT, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, help="tokens")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.7, help="0: always the likeliest token")
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, metavar="N", help="tokens, at most")
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), default=7, help="of the sampling, the same for both models"
+        "--temperature", type=number(float, 0), default=0.7, metavar="FACTOR", help="0: always the likeliest token"
     )
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=7,
+        metavar="N",
+        help="of the sampling, the same for both models",
+    )
+    add_quiet(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -54,14 +68,16 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     if (folder / MANIFEST_NAME).exists():
         raise BadRequest(f"{folder}: is a store; give the checkpoint it was made from, to compare with")
     start = time.perf_counter()
-    model = SparseOPTForCausalLM.from_pretrained(
-        folder, strategy=strategy, dtype=None if arguments.model else "float32", quiet=arguments.json
-    )
+    with waiting(f"opening {folder}", quiet=arguments.quiet):
+        model = SparseOPTForCausalLM.from_pretrained(
+            folder, strategy=strategy, dtype=None if arguments.model else "float32", quiet=arguments.quiet
+        )
     load_s = time.perf_counter() - start
     tokenizer = tokenizer_of(model.source.model_files)
-    dense = OPTForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
-    for warm in (model, dense):  # kernels are compiled, pages read
-        running.generate(warm, tokenizer, arguments.prompt, max_new_tokens=4, stream=False, do_sample=False)
+    with waiting("warming up, and the dense model beside it", quiet=arguments.quiet):
+        dense = OPTForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+        for warm in (model, dense):  # kernels are compiled, pages read
+            running.generate(warm, tokenizer, arguments.prompt, max_new_tokens=4, stream=False, do_sample=False)
     model.reset_stats()
     if not arguments.json:
         print(arguments.prompt, end="", flush=True)

@@ -7,14 +7,23 @@ import argparse
 import sys
 from pathlib import Path
 
-from sparseflow.cli.arguments import add_dtype, number
+from sparseflow.cli.arguments import (
+    MODEL_HELP,
+    add_dtype,
+    add_memory,
+    add_quiet,
+    add_threads,
+    model_path,
+    number,
+)
 from sparseflow.core.config import OffloadStrategy
+from sparseflow.utils.progress import waiting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """STORE --text, what to compare, and how to show it."""
-    parser.add_argument("store", help="a store, a transformers checkpoint folder, or a hub id")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
+    parser.add_argument("store", type=model_path, metavar="STORE", help=MODEL_HELP)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="files of text")
     parser.add_argument(
         "--fidelity",
         nargs="+",
@@ -22,9 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIDELITY",
         help="exact, certified, calibrated, calibrated:RECALL or calibrated:RECALL:PREDICTOR; several at once",
     )
-    parser.add_argument("--tokens", type=number(int, 1), help="at most so many of the text; else all")
+    parser.add_argument("--tokens", type=number(int, 1), metavar="N", help="at most so many of the text; without, all")
     parser.add_argument(
-        "--window", type=number(int, 2), help="tokens that attend to each other; else 256, or the model's positions"
+        "--window",
+        type=number(int, 2),
+        metavar="N",
+        help="tokens that attend to each other; without, 256 or the model's positions, whichever is less",
     )
     parser.add_argument("--layers", action="store_true", help="show each layer too")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
@@ -32,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-threshold",
         type=float,
         default=OffloadStrategy().activation_threshold,
+        metavar="FACTOR",
         help="scales the predictors' margins",
     )
     parser.add_argument(
@@ -40,11 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="SHARE",
-        help="tell what would be read from disk with this share of all bundles in host memory; several at once",
+        help="tell what would be read from disk with this share of all neurons in host memory; several at once",
     )
-    parser.add_argument("--memory", default="auto", help="as of generate")
-    parser.add_argument("--threads", type=number(int, 1), help="compute threads; else torch's own choice")
+    add_memory(parser)
+    add_threads(parser)
     add_dtype(parser)
+    add_quiet(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -65,10 +79,10 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         require_fidelity(fidelity)  # before anything is converted
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    quiet = not sys.stderr.isatty()
-    model = SparseOPTForCausalLM.from_pretrained(
-        arguments.store, memory=arguments.memory, fidelity="dense", dtype=arguments.dtype, quiet=quiet
-    )
+    with waiting(f"opening {arguments.store}", quiet=arguments.quiet):
+        model = SparseOPTForCausalLM.from_pretrained(
+            arguments.store, memory=arguments.memory, fidelity="dense", dtype=arguments.dtype, quiet=arguments.quiet
+        )
     try:
         result = evaluate(
             model,
@@ -78,7 +92,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             window=arguments.window,
             activation_threshold=strategy.activation_threshold,
             cache_ratios=arguments.cpu_cache_ratio,
-            quiet=quiet,
+            quiet=arguments.quiet,
         )
     finally:
         model.close()

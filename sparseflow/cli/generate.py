@@ -1,105 +1,94 @@
-"""Continue a prompt."""
+"""Continue a prompt.
+
+The text goes to stdout as it comes; where the weights lie, and what of the options has no effect, to stderr.
+"""
 
 import argparse
 import sys
-import time
+from pathlib import Path
 
-from sparseflow.cli.arguments import add_device, add_model, number, strategy_of
-from sparseflow.errors import BadRequest
+from sparseflow.cli.arguments import add_quiet, number
+from sparseflow.cli.opening import add_opening, open_model, require_opening
+from sparseflow.cli.sampling import add_sampling, sampling_of
+from sparseflow.errors import BadRequest, DiskError
+
+EXAMPLES = """\
+examples:
+  sparseflow generate STORE --prompt "In the beginning" --max-new-tokens 40
+  sparseflow generate facebook/opt-1.3b --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 1
+  sparseflow generate STORE --prompt "Q: Why?\\nA:" --stop $'\\n' --memory 6GiB
+  echo "To be, or" | sparseflow generate --server NAME --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """STORE or --server, --prompt and how to sample."""
-    parser.add_argument("store", nargs="?", help="a store, a transformers checkpoint folder, or a hub id")
-    parser.add_argument("--server", metavar="NAME", help="use the weights of this server instead of a store")
-    parser.add_argument("--model", help="with --server: which of its models; else its only one")
-    parser.add_argument("--prompt", help="the text to continue; - or nothing: standard input")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=100, help="tokens")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest token")
-    parser.add_argument(
-        "--top-p", type=number(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this probability"
+    parser.usage = "%(prog)s STORE | --server NAME [--prompt TEXT] [OPTION ...]"
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - or nothing: standard input")
+    prompt.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="the text to continue, UTF-8, without its last line break"
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="of the sampling")
     parser.add_argument(
-        "--audit", type=number(int, 0), default=0, metavar="N", help="measure recall in every Nth layer step"
+        "--audit",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="measure recall of all neurons in every Nth layer step; 0: of a few now and then",
     )
-    add_model(parser)
-    add_device(parser)
+    add_quiet(parser, "no progress bars, and not where the weights lie")
+    add_sampling(parser, max_new_tokens=100)
+    add_opening(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Stream the text to stdout, or collect it for --json."""
-    strategy = strategy_of(arguments)  # a bad value is told before the imports take their seconds
-    if (arguments.store is None) == (arguments.server is None):
-        raise BadRequest("generate: name either a STORE or a --server")
-    if arguments.server is not None:
-        _refuse_options_of_stores(arguments)
-    elif arguments.borrow_dense:
-        raise BadRequest("--borrow-dense: only a server lends weights; name one with --server")
-    import torch
-
+    require_opening(arguments)
+    prompt = None if arguments.prompt_file is None else _content(arguments.prompt_file)
     from sparseflow.cli import running
-    from sparseflow.models.opt_sparse import SparseOPTForCausalLM
+    from sparseflow.cli.knobs import warn_of_idle_knobs
+    from sparseflow.cli.placement import placement_of, show_placement
     from sparseflow.utils.tokenizer import tokenizer_of
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    start = time.perf_counter()
-    where = {"device": arguments.device, "device_memory": arguments.device_memory}
-    if arguments.server is not None:
-        model = SparseOPTForCausalLM.from_server(
-            arguments.server,
-            arguments.model,
-            fidelity=arguments.fidelity,
-            activation_threshold=arguments.activation_threshold,
-            gpu_cache_ratio=arguments.gpu_cache_ratio,
-            device_hints=arguments.device_hints,
-            borrows_dense=arguments.borrow_dense,
-            **where,
+    model, load_s = open_model(arguments)
+    try:
+        tokenizer = tokenizer_of(model.source.model_files)
+        model.coordinator.audit_every = arguments.audit
+        placement = placement_of(model, arguments)
+        if not (arguments.json or arguments.quiet):
+            show_placement(placement)
+        warn_of_idle_knobs(arguments, placement)
+        finished = running.generate(
+            model,
+            tokenizer,
+            _prompt(arguments.prompt) if prompt is None else prompt,
+            stream=not arguments.json,
+            stops=arguments.stop,
+            quiet=arguments.quiet,
+            max_new_tokens=arguments.max_new_tokens,
+            **sampling_of(arguments),
         )
-    else:
-        model = SparseOPTForCausalLM.from_pretrained(
-            arguments.store,
-            strategy=strategy,
-            memory=arguments.memory,
-            io=arguments.io,
-            fidelity=arguments.fidelity,
-            dtype=arguments.dtype,
-            quiet=False,
-            **where,
-        )
-    load_s = time.perf_counter() - start
-    model.coordinator.audit_every = arguments.audit
-    prompt = sys.stdin.read() if arguments.prompt in (None, "-") else arguments.prompt
-    sampling = {"do_sample": False}
-    if arguments.temperature > 0:
-        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
-    if arguments.seed is not None:
-        torch.manual_seed(arguments.seed)
-    finished = running.generate(
-        model,
-        tokenizer_of(model.source.model_files),
-        prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        stream=not arguments.json,
-        **sampling,
-    )
-    result = running.result_fields(model, finished, load_s) if arguments.json else {}
-    model.close()
-    return result
+        if not arguments.json:
+            return {}
+        return running.result_fields(model, finished, load_s) | {"placement": placement.fields()}
+    finally:
+        model.close()
 
 
-def _refuse_options_of_stores(arguments: argparse.Namespace) -> None:
-    """
-    Raises:
-        BadRequest: something is given that the server was started with.
-    """
-    parser = argparse.ArgumentParser()
-    add_model(parser)
-    default = vars(parser.parse_args([]))
-    for name in ("dtype", "memory", "io", "cpu_cache_ratio", "aggressive_offload", "eviction"):
-        if getattr(arguments, name) != default[name]:
-            option = "--" + name.replace("_", "-")
-            raise BadRequest(
-                f"{option} {getattr(arguments, name)}: the server decides that; leave it out with --server"
-            )
+def _prompt(given: str | None) -> str:
+    """The text itself, or what standard input holds."""
+    if given not in (None, "-"):
+        return str(given)
+    if sys.stdin.isatty():
+        print("the prompt is read from here; end it with Ctrl-D on a line of its own", file=sys.stderr)
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"standard input is no text ({error}); give it in UTF-8") from error
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiskError(f"{path}: cannot be read as text ({error}); give a file in UTF-8") from error

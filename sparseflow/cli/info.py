@@ -5,14 +5,19 @@ import os
 import platform
 from dataclasses import asdict
 
+from sparseflow.cli.arguments import MODEL_HELP, model_path
 from sparseflow.core.config import OffloadStrategy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--model --cache-ratio"""
-    parser.add_argument("--model", help="a store, a transformers checkpoint folder, or a hub id")
+    parser.add_argument("--model", type=model_path, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "--cache-ratio", type=float, default=OffloadStrategy().gpu_cache_ratio, help="share of bundles with a GPU slot"
+        "--cache-ratio",
+        type=float,
+        default=OffloadStrategy().gpu_cache_ratio,
+        metavar="SHARE",
+        help="of all neurons, that have a slot on the GPU",
     )
 
 

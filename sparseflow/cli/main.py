@@ -5,58 +5,81 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import sparseflow
 from sparseflow.cli import (
     bench,
     calibrate,
+    chat,
+    completion,
     convert,
     demo,
     doctor,
     evaluate,
     generate,
     info,
+    serve,
     status,
     trace,
     verify,
     version,
 )
+from sparseflow.cli.arguments import add_common
+from sparseflow.cli.parsing import EXIT_USAGE, Parser, one_line, tell_error
 from sparseflow.errors import BadRequest, NoAnswer, ServerNotRunning, SparseFlowError, UnsupportedModel
+from sparseflow.utils.logs import start_logging
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_NO_ANSWER, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_OK, EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_NO_ANSWER, EXIT_INTERRUPTED = 0, 1, 3, 4, 130
 
 _COMMANDS = {
     "convert": convert,
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "demo": demo,
     "calibrate": calibrate,
     "eval": evaluate,
-    "generate": generate,
-    "demo": demo,
     "verify": verify,
     "info": info,
     "status": status,
+    "doctor": doctor,
     "trace": trace,
     "bench": bench,
-    "doctor": doctor,
+    "completion": completion,
     "version": version,
 }
+_DESCRIPTION = (sparseflow.__doc__ or "").partition("\n\n")[0]
+_EPILOG = """\
+examples:
+  sparseflow demo
+  sparseflow convert facebook/opt-1.3b STORE
+  sparseflow generate STORE --prompt "In the beginning"
+
+Exit codes: 0 ok, 1 failed or degraded, 2 wrong usage, 3 no server runs, 4 it does not answer, 130 stopped by Ctrl-C.
+`sparseflow COMMAND --help` lists the options of a command.
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Each subcommand's module adds its own arguments; its docstring is its help."""
-    parser = argparse.ArgumentParser(prog="sparseflow", description=sparseflow.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    """Each subcommand's module adds its own arguments; its docstring is its help.
+
+    `EXAMPLES` stand below that, and `LOG_LEVEL` is what is logged from, where a module has them.
+    """
+    parser = Parser(prog="sparseflow", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"sparseflow {sparseflow.__version__}", help="print it")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in _COMMANDS.items():
         text = module.__doc__ or ""
-        command = commands.add_parser(
-            name,
-            help=text.split("\n", 1)[0],
-            description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+        examples = getattr(module, "EXAMPLES", None)
+        command = commands.add_parser(name, help=text.split("\n", 1)[0], description=text, epilog=examples)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        log_level = getattr(module, "LOG_LEVEL", "WARNING")
+        add_common(command, log_level=log_level)
+        command.set_defaults(run=module.run, log_level=log_level)
     return parser
 
 
@@ -65,21 +88,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0 ok, 1 failed or degraded, 2 wrong usage, 3 server not running, 4 no answer from it, 130 stopped.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        where = f"{parser.prog} {arguments.command}" if arguments.command else parser.prog
+        tell_error(f"unknown arguments: {' '.join(unknown)}; `{where} --help` lists those that there are")
+        raise SystemExit(EXIT_USAGE)
+    if arguments.command is None:
+        parser.print_help()
+        return EXIT_OK
     try:
-        _start_logging()
-        result: dict[str, object] = arguments.run(arguments)
-    except SparseFlowError as error:
-        print(f"sparseflow: error: {error}", file=sys.stderr)
-        return _exit_code(error)
+        with _logging(arguments.log_level, arguments.log_format):
+            result: dict[str, object] = arguments.run(arguments)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    if arguments.json:
+    except Exception as error:
+        return _failed(error, arguments.debug)
+    if arguments.json and not getattr(arguments, "prints_json_itself", False):
         print(json.dumps(result))
     return EXIT_OK if result.get("ok", True) else EXIT_FAILED
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Tell of an error in one line, with its traceback where asked for; the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, SparseFlowError):
+        tell_error(error)
+        return _exit_code(error)
+    remedy = "report it, with the traceback" if debug else "run again with --debug for the traceback, and report it"
+    tell_error(f"unexpected: {type(error).__name__}: {one_line(error)} ({remedy})")
+    return EXIT_FAILED
 
 
 def _exit_code(error: SparseFlowError) -> int:
@@ -95,11 +137,20 @@ def _exit_code(error: SparseFlowError) -> int:
     return EXIT_FAILED
 
 
-def _start_logging() -> None:
-    level = os.environ.get("SPARSEFLOW_LOG", "WARNING").upper()
-    if level not in logging.getLevelNamesMapping():
-        raise BadRequest(f"SPARSEFLOW_LOG={level}: give one of DEBUG, INFO, WARNING, ERROR")
-    logging.basicConfig(level=level, stream=sys.stderr)
+@contextmanager
+def _logging(level: str, log_format: str) -> Iterator[None]:
+    """Log to stderr while a command runs; who calls `main` in his own process finds his logging as it was."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level, warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: str(message)
+    try:
+        root.handlers = []  # or they would be closed
+        start_logging(level, log_format)
+        yield
+    finally:
+        root.handlers, warnings.formatwarning = before[0], before[2]
+        root.setLevel(before[1])
+        logging.captureWarnings(False)
 
 
 if __name__ == "__main__":

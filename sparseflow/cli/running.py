@@ -1,28 +1,43 @@
 """Running a model for a person: streamed text, times, and the result fields that every command reports alike."""
 
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TextStreamer
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
+from sparseflow.cli.text_flow import StopFilter, TextFlow
+from sparseflow.errors import BadRequest
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
 from sparseflow.utils.process_memory import process_memory
+from sparseflow.utils.progress import waiting
 from sparseflow.utils.tensor_ops import read_bandwidth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Show = Callable[[str], None]
+
 
 @dataclass
 class Run:
-    """One finished generation. Times in seconds since `generate` was called; the first token's is the first entry."""
+    """One finished generation. Times in seconds since `generate` was called; the first token's is the first entry.
+
+    token_ids: all that were made, those of a stop text too. text: without it. finish_reason: `stop` (the model's end of
+    text, or a stop text), `length`, or `interrupted`.
+    """
 
     prompt_tokens: int
     token_ids: list[int]
     text: str
     token_times_s: list[float] = field(default_factory=list)
+    finish_reason: str = "length"
 
     @property
     def time_to_first_token_s(self) -> float | None:
@@ -36,49 +51,130 @@ class Run:
         return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
 
 
-class _Clock(TextStreamer):
-    """Notes when each token came, and prints the text where asked to."""
+class _Watcher(BaseStreamer):
+    """Notes when each token came, and shows of the text what is certain."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prints: bool) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._prints = prints
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", show: Show, stops: Sequence[str], quiet: bool) -> None:
+        self._prompt = ExitStack()
+        self._prompt.enter_context(waiting("reading the prompt", quiet=quiet))
+        self._flow = TextFlow(partial(tokenizer.decode, skip_special_tokens=True))
+        self.stop = StopFilter(stops)
+        self._show = show
         self._prompt_seen = False
-        self.start = time.perf_counter()
+        self._start = time.perf_counter()
         self.times_s: list[float] = []
+        self.text = ""
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Tensor) -> None:
         if self._prompt_seen:
-            self.times_s.append(time.perf_counter() - self.start)
+            self.times_s.append(time.perf_counter() - self._start)
+            self.close()
+            self._add(self.stop.push(self._flow.push(int(value))))
         self._prompt_seen = True
-        super().put(value)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self._prints:
-            print(text, end="\n" if stream_end else "", flush=True)
+    def end(self) -> None:
+        self._add(self.stop.push(self._flow.rest()))
+        self._add(self.stop.rest())
+
+    def close(self) -> None:
+        """The prompt is read, or will not be. May be called twice."""
+        self._prompt.close()
+
+    def _add(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._show(text)
+
+
+class _Until(StoppingCriteria):
+    """Ends a generation of one sequence between two tokens."""
+
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self._is_over = is_over
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([self._is_over()], device=input_ids.device)
 
 
 def generate(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", prompt: str, *, max_new_tokens: int, stream: bool, **sampling: Any
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    *,
+    stream: bool,
+    stops: Sequence[str] = (),
+    quiet: bool = True,
+    **generating: Any,
 ) -> Run:
     """Generate after one prompt, with any transformers model.
 
     Args:
         stream: print the text to stdout as it comes.
-        sampling: passed to `model.generate`.
+        stops: texts at whose first one the text ends.
+        quiet: no word of a prompt that takes long.
+        generating: passed to `model.generate`.
+
+    Raises:
+        BadRequest: the prompt has no tokens.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    clock = _Clock(tokenizer, stream)
-    with torch.inference_mode():
+    ids = tokenizer(prompt).input_ids
+    if not ids:
+        raise BadRequest("the prompt is empty; give some text (--prompt)")
+    show = show_at_once if stream else _ignore
+    run = continue_ids(model, tokenizer, ids, show=show, stops=stops, quiet=quiet, **generating)
+    if stream:
+        print(flush=True)
+    return run
+
+
+def continue_ids(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: Sequence[int],
+    *,
+    show: Show,
+    stops: Sequence[str] = (),
+    is_interrupted: Callable[[], bool] = lambda: False,
+    quiet: bool = True,
+    **generating: Any,
+) -> Run:
+    """Generate after tokens.
+
+    Args:
+        show: called with each piece of the text.
+        stops, quiet: as of `generate`.
+        is_interrupted: asked after each token, whether that was the last one.
+        generating: passed to `model.generate`.
+    """
+    watcher = _Watcher(tokenizer, show, stops, quiet)
+    inputs = torch.tensor([[*ids]], device=model.device)
+    with closing(watcher), torch.inference_mode():
         output = model.generate(
-            inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            max_new_tokens=max_new_tokens,
-            streamer=clock,
-            **sampling,
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            streamer=watcher,
+            stopping_criteria=StoppingCriteriaList([_Until(lambda: watcher.stop.is_found or is_interrupted())]),
+            **generating,
         )
-    n_prompt = inputs.input_ids.shape[1]
-    ids = output[0, n_prompt:].tolist()
-    return Run(n_prompt, ids, tokenizer.decode(ids, skip_special_tokens=True), clock.times_s)
+    new_ids = output[0, len(ids) :].tolist()
+    is_at_end = watcher.stop.is_found or (bool(new_ids) and new_ids[-1] in ends_of_text(model))
+    reason = "stop" if is_at_end else "interrupted" if is_interrupted() else "length"
+    return Run(len(ids), new_ids, watcher.text, watcher.times_s, reason)
+
+
+def ends_of_text(model: Any) -> list[int]:
+    """Tokens with which the model ends."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
+
+
+def show_at_once(text: str) -> None:
+    """Print a piece of text."""
+    print(text, end="", flush=True)
+
+
+def _ignore(text: str) -> None:
+    pass
 
 
 def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[str, Any]:
@@ -90,6 +186,7 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
         "text": run.text,
         "token_ids": run.token_ids,
         "prompt_tokens": run.prompt_tokens,
+        "finish_reason": run.finish_reason,
         "fidelity": model.fidelity,
         "decode_tokens_per_s": run.decode_tokens_per_s,
         "time_to_first_token_s": run.time_to_first_token_s,
@@ -111,7 +208,7 @@ def result_fields(model: SparseOPTForCausalLM, run: Run, load_s: float) -> dict[
         "memory": {
             "private": memory.private,
             "shared": memory.shared,
-            "pinned": _pinned_nbytes(model),
+            "pinned": pinned_nbytes(model),
             "page_cache": None,
             "device": torch.cuda.max_memory_reserved(model.device) if model.device.type == "cuda" else None,
         },
@@ -129,7 +226,8 @@ def _limit_tokens_per_s(model: SparseOPTForCausalLM, bytes_touched: int) -> floa
     return min(limits, default=None)
 
 
-def _pinned_nbytes(model: SparseOPTForCausalLM) -> int | None:
+def pinned_nbytes(model: SparseOPTForCausalLM) -> int | None:
+    """Bytes of host memory that are page-locked; None where there is nothing of that."""
     memory = model.source.host_memory()
     return memory.nbytes if memory and model.device_report().get("transport") == "pull" else None
 

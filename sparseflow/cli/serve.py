@@ -32,7 +32,7 @@ _OF_WEIGHT_SERVERS = {"memory": "auto", "cpu_cache_ratio": 1.0, "io": "auto", "e
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """STORE or --server, workers, port, and how the model is opened."""
     default = ServeConfig(store="")
-    parser.add_argument("store", nargs="?", type=model_path, help=MODEL_HELP)
+    parser.add_argument("store", nargs="?", metavar="STORE", type=model_path, help=MODEL_HELP)
     parser.add_argument("--server", metavar="NAME", help="use this weight server instead of a store")
     parser.add_argument("--model", metavar="NAME", help="with --server: which of its models; without, its only one")
     group = parser.add_argument_group("HTTP")

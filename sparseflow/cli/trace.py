@@ -1,13 +1,24 @@
 """Record which neurons a decode asks for, and replay that through arenas of other sizes and evictions."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseflow.cli.arguments import add_dtype, number
+from sparseflow.cli.arguments import (
+    MODEL_HELP,
+    add_cache_ratio,
+    add_common,
+    add_dtype,
+    add_fidelity,
+    add_memory,
+    add_quiet,
+    add_threads,
+    model_path,
+    number,
+)
 from sparseflow.core.config import OffloadStrategy
 from sparseflow.errors import BadRequest
+from sparseflow.utils.progress import progress, waiting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,41 +31,35 @@ _DEFAULT_RATIOS = (0.05, 0.1, 0.2, 0.3)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """record STORE --out FILE, replay TRACE"""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     text = "Decode a text one token at a time, as if each token had been generated, and note what is asked for."
-    record = actions.add_parser("record", help="decode a text and note it", description=text, formatter_class=formatter)
-    record.add_argument("store", help="a store, a transformers checkpoint folder, or a hub id")
-    record.add_argument("--text", type=Path, nargs="+", help="files of text; without, random tokens")
-    record.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random tokens")
-    record.add_argument("--tokens", type=number(int, 1), default=1000, help="so many are decoded")
+    record = actions.add_parser("record", help="decode a text and note it", description=text)
+    record.add_argument("store", type=model_path, metavar="STORE", help=MODEL_HELP)
+    record.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="files of text; without, random tokens")
+    record.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the random tokens")
+    record.add_argument("--tokens", type=number(int, 1), default=1000, metavar="N", help="so many are decoded")
     record.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace")
-    record.add_argument("--fidelity", default="exact", help="as of generate")
-    record.add_argument("--memory", default="auto", help="as of generate")
-    record.add_argument(
-        "--cpu-cache-ratio", type=float, default=OffloadStrategy().cpu_cache_ratio, help="as of generate"
-    )
-    record.add_argument("--threads", type=number(int, 1), help="compute threads; else torch's own choice")
-    add_dtype(record)
+    for add in (add_fidelity, add_memory, add_cache_ratio, add_threads, add_dtype, add_quiet):
+        add(record)
     text = "Say what each eviction would have found. The first tenth of the tokens fills the arena and is not counted."
-    replay = actions.add_parser("replay", help="compare evictions", description=text, formatter_class=formatter)
-    replay.add_argument("trace", type=Path, help="what record has written")
+    replay = actions.add_parser("replay", help="compare evictions", description=text)
+    replay.add_argument("trace", type=Path, metavar="TRACE", help="what record has written")
     replay.add_argument(
         "--slots-ratio",
         type=number(float, 0, 1),
         nargs="+",
         default=list(_DEFAULT_RATIOS),
-        metavar="RATIO",
-        help="slots of the arena, as a share of all bundles",
+        metavar="SHARE",
+        help="slots of the arena, of all neurons; several at once",
     )
-    replay.add_argument("--policies", nargs="+", metavar="POLICY", help="some only; else all that are known")
+    replay.add_argument("--policies", nargs="+", metavar="POLICY", help="some only; without, all that are known")
     replay.add_argument(
         "--budgets",
         action="store_true",
         help="compare slots divided among layers, by what the first half of the trace shows, on the second half",
     )
+    add_quiet(replay)
     for action in (record, replay):
-        # what stands before the action must not be overwritten by a default here
-        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="as before the action")
+        add_common(action, repeated=True)  # what stands before the action must not be overwritten by a default here
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -77,14 +82,14 @@ def _record(arguments: argparse.Namespace) -> dict[str, object]:
         raise BadRequest(f"{arguments.out}: its folder does not exist; make it first")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    quiet = not sys.stderr.isatty()
-    store = find_or_convert(arguments.store, dtype=arguments.dtype, quiet=quiet)
+    store = find_or_convert(arguments.store, dtype=arguments.dtype, quiet=arguments.quiet)
     fingerprint = Manifest.load(store).weights_fingerprint
-    model = SparseOPTForCausalLM.from_pretrained(
-        store, strategy=strategy, fidelity=arguments.fidelity, memory=arguments.memory
-    )
+    with waiting(f"opening {store}", quiet=arguments.quiet):
+        model = SparseOPTForCausalLM.from_pretrained(
+            store, strategy=strategy, fidelity=arguments.fidelity, memory=arguments.memory, quiet=arguments.quiet
+        )
     try:
-        trace = record_trace(model, fingerprint, _windows(arguments, model), arguments.tokens, quiet=quiet)
+        trace = record_trace(model, fingerprint, _windows(arguments, model), arguments.tokens, quiet=arguments.quiet)
     finally:
         model.close()
     trace.save(arguments.out)
@@ -123,22 +128,22 @@ def _replay(arguments: argparse.Namespace) -> dict[str, object]:
     trace = Trace.load(arguments.trace)
     quarter = max(1, trace.n_layers // 4)
     rows: list[dict[str, Any]] = []
-    for name in names:
-        for ratio in arguments.slots_ratio:
-            n_slots = int(ratio * trace.n_layers * trace.ffn_dim)
-            found = compare(trace, n_slots, name)
-            rows.append(
-                {
-                    "policy": name,
-                    "slots_ratio": ratio,
-                    "slots": n_slots,
-                    "hit_rate": found.hit_rate,
-                    "first_quarter_hit_rate": found.hit_rate_of(slice(quarter)),
-                    "last_quarter_hit_rate": found.hit_rate_of(slice(-quarter, None)),
-                    "misses_per_token": found.misses_per_token,
-                    "bytes_from_disk_per_token": found.misses_per_token * trace.bundle_nbytes,
-                }
-            )
+    pairs = [(name, ratio) for name in names for ratio in arguments.slots_ratio]
+    for name, ratio in progress(pairs, "replay", quiet=arguments.quiet, unit="arena"):
+        n_slots = int(ratio * trace.n_layers * trace.ffn_dim)
+        found = compare(trace, n_slots, name)
+        rows.append(
+            {
+                "policy": name,
+                "slots_ratio": ratio,
+                "slots": n_slots,
+                "hit_rate": found.hit_rate,
+                "first_quarter_hit_rate": found.hit_rate_of(slice(quarter)),
+                "last_quarter_hit_rate": found.hit_rate_of(slice(-quarter, None)),
+                "misses_per_token": found.misses_per_token,
+                "bytes_from_disk_per_token": found.misses_per_token * trace.bundle_nbytes,
+            }
+        )
     if not arguments.json:
         print(_table(names, arguments.slots_ratio, rows))
     return {"trace": str(arguments.trace), "tokens": trace.n_tokens, "counted_tokens": found.n_tokens, "rows": rows}

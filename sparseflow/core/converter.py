@@ -31,6 +31,7 @@ from sparseflow.store import codes, shard_format
 from sparseflow.store.manifest import DENSE_NAME, FORMAT_VERSION, Manifest, predictor_name, shard_name
 from sparseflow.store.profile import ModelProfile
 from sparseflow.store.shard_format import FileEntry, TensorFileWriter, TensorSpec, hash_table, read_checksum_table
+from sparseflow.utils.progress import OF_BYTES, progress
 from sparseflow.utils.sizes import format_size
 
 if TYPE_CHECKING:
@@ -108,8 +109,6 @@ class _Conversion:
         self.journal = Journal(folder, identity | self.description)
 
     def run(self, quiet: bool) -> None:
-        from tqdm import tqdm
-
         writers = self._writers()
         finished = sum(entry.nbytes for entry in self.journal.finished.values())
         total = sum(nbytes for nbytes, _ in writers.values())
@@ -117,7 +116,7 @@ class _Conversion:
         self.journal.start()
         for folder in ("neurons", "predictors"):
             (self.folder / folder).mkdir(exist_ok=True)
-        with tqdm(total=total, initial=finished, unit="B", unit_scale=True, desc="convert", disable=quiet) as bar:
+        with progress(desc="convert", quiet=quiet, total=total, initial=finished, **OF_BYTES) as bar:
             missing = {name: writer for name, writer in writers.items() if name not in self.journal.finished}
             for name, entry in self._written(missing):
                 self.journal.record(name, entry)

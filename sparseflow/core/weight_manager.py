@@ -21,6 +21,8 @@ from sparseflow.errors import BadRequest
 from sparseflow.protocol.measured_recall import MeasuredRecall
 from sparseflow.store.manifest import DENSE_NAME, Manifest, check_content
 from sparseflow.store.profile import ModelProfile
+from sparseflow.utils.process_memory import process_memory
+from sparseflow.utils.progress import OF_BYTES, progress, waiting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +48,12 @@ class DiskWeightStore:
     ) -> None:
         """
         Args:
+            model_name, cache_dir: as above.
             dtype: store the weights as `float16`, `bfloat16` or `float32`; None: as they are.
-            quiet: no progress bar while converting.
+            quiet: no progress bars.
+
+        Raises:
+            BadRequest: no such dtype. Nothing is looked for or opened before `initialize_from_pretrained`.
         """
         self._name = str(model_name)
         self._cache_dir = cache_dir
@@ -98,15 +104,21 @@ class DiskWeightStore:
             require_same_network(hf_config.to_dict(), stored.to_dict(), str(self.path))
         self._memory, self._io, self._strategy, self._for_device = memory, io, strategy, for_device
         self._plan(strategy or OffloadStrategy())  # refused before much is read
-        for name, entry in self.manifest.files.items():
-            if not name.startswith("neurons/"):
-                check_content(self.path, name, entry)
+        self._check_all_but_neurons()
         self.model_files: Mapping[str, bytes] = {
             name: (self.path / name).read_bytes() for name in self.manifest.companions
         }
         self.close()
         self._holder = self._hold(strategy or OffloadStrategy())
         return self
+
+    def _check_all_but_neurons(self) -> None:
+        files = {name: entry for name, entry in self.manifest.files.items() if not name.startswith("neurons/")}
+        total = sum(entry.nbytes for entry in files.values())
+        with progress(desc="checking weights", quiet=self._quiet, total=total, leave=False, **OF_BYTES) as bar:
+            for name, entry in files.items():
+                check_content(self.path, name, entry)
+                bar.update(entry.nbytes)
 
     def _plan(self, strategy: OffloadStrategy) -> MemoryPlan:
         return plan_memory(
@@ -120,8 +132,18 @@ class DiskWeightStore:
     def _hold(self, strategy: OffloadStrategy) -> BundleHolder:
         plan = self._plan(strategy)
         if plan.n_slots is None:
-            return (CopiedBundles if self._for_device else MappedBundles)(self.path, self.manifest)
+            return self._read_all()
         return ArenaBundles(self.path, self.manifest, plan.n_slots, strategy, self._io, plan.buffers_nbytes)
+
+    def _read_all(self) -> BundleHolder:
+        nbytes, before = self.manifest.nbytes_under("neurons/"), sum(process_memory())
+        kind, n_times = (CopiedBundles, 2) if self._for_device else (MappedBundles, 1)
+
+        def n_read() -> int:
+            return sum(process_memory()) - before
+
+        with waiting("reading neurons", quiet=self._quiet, total=n_times * nbytes, n_done=n_read):
+            return kind(self.path, self.manifest)
 
     @property
     def _bundles(self) -> BundleHolder:
@@ -131,16 +153,20 @@ class DiskWeightStore:
 
     @property
     def fetch_limit(self) -> int:
-        """As `WeightSource.fetch_limit`."""
+        """Bundles that one `fetch` may ask for: a layer's, or half of the arena's slots where these are fewer."""
         return self._bundles.fetch_limit
 
     @property
     def read_times(self) -> ReadTimes:
-        """As `WeightSource.read_times`."""
+        """Seconds that reading a layer takes: in order (`layer_s`), from random places (`scattered_s`); 0 if mapped."""
         return self._bundles.read_times
 
     def use_strategy(self, strategy: OffloadStrategy) -> None:
-        """As `WeightSource.use_strategy`: settled by whoever says it first."""
+        """Keep bundles as a strategy says: that of `initialize_from_pretrained`, else of the first model built on it.
+
+        Raises:
+            BadRequest: the store was opened under another one. NotEnoughMemory: it does not fit.
+        """
         held = self._strategy or OffloadStrategy()
         differing = [name for name in _HOST_FIELDS if getattr(strategy, name) != getattr(held, name)]
         if differing and self._strategy is not None:
@@ -156,52 +182,70 @@ class DiskWeightStore:
         self._strategy = strategy
 
     def dense(self) -> "Mapping[str, Tensor]":
-        """All weights but the bundles, as `WeightSource.dense`."""
+        """All weights but the bundles, under the names of `SparseOPTForCausalLM`'s parameters; the store's dtype.
+
+        Mapped, to be read only.
+        """
         self._bundles  # noqa: B018  raises where the store is not open
         return map_tensors(self.path / DENSE_NAME)
 
     def predictor_tensors(self) -> "Mapping[str, Tensor]":
-        """Codes of fc1, as `WeightSource.predictor_tensors`."""
+        """`LAYER.NAME` for each tensor of `store.codes`, and of what was calibrated. Mapped, to be read only.
+
+        Raises:
+            ShardCorrupt: codes that no weights have.
+        """
         self._bundles  # noqa: B018  raises where the store is not open
         return predictors_by_layer(
             self.profile, self.manifest.files, lambda name, *how: map_tensors(self.path / name, *how)
         )
 
     def hint(self, layer: int, ids: NDArray[np.uint32]) -> None:
-        """As `WeightSource.hint`."""
+        """Start reading bundles that may be asked for; promises nothing. ids: as in `fetch`."""
         self._bundles.hint(layer, ids)
 
     def fetch(self, layer: int, ids: NDArray[np.uint32], keep: bool = True) -> Fetch:
-        """As `WeightSource.fetch`."""
+        """Ask for bundles of a layer; returns at once.
+
+        Args:
+            ids: (n,) uint32, ascending, no repeats; at most `fetch_limit`.
+            keep: False: a look that leaves no trace, in what is kept and in what is counted.
+
+        Returns:
+            A fetch: `wait(timeout_s)` gives `HostBundles`, `release()` says that they were read.
+
+        Raises:
+            ArenaBusy: more than the arena has slots. BadRequest: not neurons of this model.
+        """
         return self._bundles.fetch(layer, ids, keep)
 
     def resident_bundles(self, layer: int) -> "Tensor | None":
-        """As `WeightSource.resident_bundles`."""
+        """All bundles of a layer, (ffn_dim, 2, hidden), the store's dtype; None where they come and go."""
         return self._bundles.resident_bundles(layer)
 
     def host_memory(self) -> HostMemory | None:
-        """As `WeightSource.host_memory`."""
+        """Memory of this process in which all bundles lie, for a GPU to read; None where that is mapped files."""
         return self._bundles.host_memory()
 
     def borrow_dense(self, device_index: int = 0) -> NoReturn:
-        """As `WeightSource.borrow_dense`: there is nobody to lend."""
+        """Raises BadRequest: only a server lends weights on a GPU."""
         raise BadRequest(f"{self.path}: this process has the weights itself; only a server lends them")
 
     def pusher(self) -> None:
-        """As `WeightSource.pusher`: nobody."""
+        """None: nobody else than this process copies bundles to a GPU."""
 
     def counts(self) -> FetchCounts | None:
-        """As `WeightSource.counts`."""
+        """What all fetches have cost so far; None where all bundles are mapped, and nothing is counted."""
         return self._bundles.counts()
 
     def note_tokens(self, n: int) -> None:
-        """As `WeightSource.note_tokens`: nobody looks at these."""
+        """Does nothing: a server shows tokens of its sessions, a store has nobody to show them to."""
 
     def note_recall(self, measured: MeasuredRecall) -> None:
-        """As `WeightSource.note_recall`: nobody looks at it here."""
+        """Does nothing, likewise."""
 
     def status(self) -> SourceStatus:
-        """What is held now."""
+        """What is held now, in bytes and bundles, how the rest is read, and why not in a better way."""
         if self._holder is None:
             return SourceStatus("closed", 0, 0, {"shared": 0, "private": 0})
         holder, manifest = self._holder, self.manifest

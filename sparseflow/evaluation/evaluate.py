@@ -18,6 +18,7 @@ from sparseflow.models.opt_sparse import SparseOPTForCausalLM
 from sparseflow.orchestration.fidelity import make_predictor
 from sparseflow.orchestration.neuron_predictor import LayeredPredictor, NeuronPredictor
 from sparseflow.store.profile import ModelProfile
+from sparseflow.utils.progress import progress
 from sparseflow.utils.tokenizer import token_windows, tokenizer_of
 
 DEFAULT_WINDOW = 256
@@ -56,7 +57,7 @@ def evaluate(
     disk = DiskReplay(model.source.profile, cache_ratios)
     observed = FidelityRun(model, predictors, disk.note if cache_ratios else None).run(windows, quiet=quiet)
     result = Evaluation(model.source.profile, windows, observed).as_fields(fidelities, predictors)
-    for n, found in enumerate(result["fidelities"], start=1):
+    for n, found in enumerate(progress(result["fidelities"], "replay", quiet=quiet), start=1):
         found["bytes_per_token"]["disk"] = disk.bytes_per_token(n)
     return result
 

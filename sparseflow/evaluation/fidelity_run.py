@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sparseflow.evaluation.evaluating_coordinator import EvaluatingCoordinator, OnChoice, PairCounts
 from sparseflow.evaluation.next_token import Distance, distance, log_probabilities, surprise
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor
 from sparseflow.orchestration.transfer_coordinator import LayerBiases
+from sparseflow.utils.progress import progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class FidelityRun:
     def run(self, windows: Tensor, *, quiet: bool = True) -> list[Observed]:
         """windows: (n_windows, window) int64, each alone. quiet: no progress bar."""
         with torch.inference_mode():
-            return [self._observe(tokens) for tokens in tqdm(windows, "evaluate", unit="window", disable=quiet)]
+            return [self._observe(tokens) for tokens in progress(windows, "evaluate", quiet=quiet, unit="window")]
 
     def logits(self, tokens: Tensor) -> Iterator[Tensor]:
         """Of each contestant in turn, (window, vocabulary), dtype of the store. tokens: (window,)."""

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from sparseflow.core.weight_source import Fetch, WeightSource
 from sparseflow.engine.trace import Step, Trace
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
+from sparseflow.utils.progress import progress
 
 
 class RecordingSource:
@@ -58,7 +58,8 @@ def record_trace(
     steps: list[Step] = []
     total = min(n_tokens, windows.numel() - len(windows))
     n_recorded = 0
-    with _recording(model) as source, torch.inference_mode(), tqdm(total=total, unit="token", disable=quiet) as bar:
+    bar = progress(desc="record", quiet=quiet, total=total, unit="token")
+    with _recording(model) as source, torch.inference_mode(), bar:
         for window in windows:
             cache = DynamicCache(config=model.config)
             for position, token in enumerate(window.tolist()):

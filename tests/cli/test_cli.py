@@ -1,7 +1,6 @@
 """The command line: results on stdout, errors in one line on stderr, and the documented exit codes."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,15 +15,6 @@ from sparseflow.cli.main import build_parser, main
 from sparseflow.core.config import OffloadStrategy
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def checkpoint(family_checkpoint: Callable[..., Path], demo_model: Path, tmp_path: Path) -> Path:
-    """A tiny model with a tokenizer, free to be damaged."""
-    folder = Path(shutil.copytree(family_checkpoint("base"), tmp_path / "tiny"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(demo_model / name, folder / name)
-    return folder
 
 
 def failed(arguments: list[str], code: int, capsys: Capture) -> str:

@@ -73,7 +73,7 @@ def by_generating(store: Path) -> None:
 
 
 def by_verifying(store: Path) -> None:
-    damaged = verify.run(argparse.Namespace(store=store, json=True))["damaged"]
+    damaged = verify.run(argparse.Namespace(store=store, json=True, quiet=True))["damaged"]
     assert isinstance(damaged, dict)
     for text in damaged.values():
         raise DiskError(text)

@@ -1,0 +1,47 @@
+"""Print a script by which a shell completes commands, options, choices and paths."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparseflow.cli.arguments import model_path
+
+SHELLS = ("bash", "zsh", "tcsh")
+EXAMPLES = """\
+examples:
+  source <(sparseflow completion bash)
+  sparseflow completion bash > ~/.local/share/bash-completion/completions/sparseflow
+  sparseflow completion zsh > "${fpath[1]}/_sparseflow"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SHELL"""
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"one of {', '.join(SHELLS)}")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, object]:
+    """The script on stdout."""
+    import shtab
+
+    from sparseflow.cli.main import build_parser
+
+    parser = build_parser()
+    for action in actions_of(parser):
+        if action.type is model_path:
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+        elif action.type is Path:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    script = shtab.complete(parser, arguments.shell)
+    if not arguments.json:
+        print(script)
+    return {"shell": arguments.shell, "script": script}
+
+
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All arguments of a parser and of those below it."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from actions_of(below)

@@ -1,0 +1,60 @@
+"""How the commands' parsers speak: help with units, defaults and examples; wrong usage in one line."""
+
+import argparse
+import sys
+import textwrap
+from typing import NoReturn
+
+EXIT_USAGE = 2
+_NO_DEFAULTS = (None, False, argparse.SUPPRESS)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Defaults behind each option that has one; paragraphs stay, and lines that are indented."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Commands stand further right, which the column of their help must know."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        has_none = any(action.default is nothing for nothing in _NO_DEFAULTS) or action.default == []
+        if has_none or not action.option_strings or "%(default)" in text:
+            return text
+        if isinstance(action.default, list | tuple):
+            return f"{text} (default: {' '.join(map(str, action.default))})"
+        return f"{text} (default: %(default)s)"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = textwrap.dedent(text).strip().split("\n\n")
+        return "\n\n".join(
+            paragraph if "\n  " in paragraph else textwrap.fill(paragraph, width, initial_indent=indent)
+            for paragraph in paragraphs
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells of wrong usage in one line, with where to read more."""
+
+    def __init__(self, **how: object) -> None:
+        super().__init__(**({"formatter_class": HelpFormatter} | how))  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """End the process, with the exit code of wrong usage."""
+        command = self.prog.split(" ", 1)[1] + ": " if " " in self.prog else ""
+        self.exit(EXIT_USAGE, f"sparseflow: error: {command}{one_line(message)}; `{self.prog} --help` tells more\n")
+
+
+def one_line(text: object) -> str:
+    """A message without line breaks."""
+    return " ".join(map(str.strip, str(text).splitlines()))
+
+
+def tell_error(text: object) -> None:
+    """The one line of an error, on stderr."""
+    print(f"sparseflow: error: {one_line(text)}", file=sys.stderr)
