@@ -45,7 +45,7 @@ def run_benchmark(bench: Bench, cases: Sequence[Case], n_rounds: int, partial_la
 
 def _shown(conditions: Conditions) -> dict[str, Any]:
     """What a reader elsewhere can make use of: names instead of paths."""
-    shown = asdict(conditions) | {"checkpoint": conditions.checkpoint.name, "store": conditions.store.name}
+    shown = asdict(conditions) | {"checkpoint": conditions.model, "store": conditions.store.name}
     return shown | {name: list(shown[name]) for name in ("pythons", "converted")}
 
 

@@ -34,13 +34,14 @@ Run = dict[str, Any]
 class Conditions:
     """What all runs of a benchmark share.
 
-    checkpoint: a transformers folder with safetensors. store: the same, converted. limit_nbytes: of each run, page
-    cache included. memory: for SparseFlow's weights. is_cold: files are dropped before each run. pythons: peer -> the
-    interpreter that has it. converted: peer -> the folder that it reads.
+    checkpoint: a transformers folder. model: its name for people. store: the same, converted. limit_nbytes: of each
+    run, page cache included. memory: for SparseFlow's weights. is_cold: files are dropped before each run. pythons:
+    peer -> the interpreter that has it. converted: peer -> the folder that it reads.
     """
 
     checkpoint: Path
     store: Path
+    model: str = ""
     limit_nbytes: int | None = None
     memory: int | str | None = None
     reserve_nbytes: int = 64 << 20

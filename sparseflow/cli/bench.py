@@ -8,13 +8,15 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparseflow.bench.cases import PARTIAL, Case
 from sparseflow.bench.child import PEERS
 from sparseflow.bench.memory_cgroup import GroupParent, NoMemoryGroupError, find_group_parent
 from sparseflow.bench.runs import DEMO_MODEL, Bench, Conditions
-from sparseflow.cli.arguments import add_quiet, number, size
+from sparseflow.cli.arguments import add_quiet, model_path, number, size
+from sparseflow.core.checkpoint import locate, model_name
 from sparseflow.errors import BadRequest
 from sparseflow.utils.progress import waiting
 from sparseflow.utils.sizes import SIZE_FORMS, parse_size
@@ -22,6 +24,7 @@ from sparseflow.utils.sizes import SIZE_FORMS, parse_size
 EXAMPLES = """\
 examples:
   sparseflow bench --quick
+  sparseflow bench facebook/opt-1.3b
   sparseflow bench CHECKPOINT --store STORE --tokens 64 --rounds 5 --csv result.csv
   sparseflow bench CHECKPOINT --store STORE --limit 2.15GiB --cases device_map sparseflow:fidelity=certified,io=map
 """
@@ -35,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        type=Path,
-        default=DEMO_MODEL,
+        type=model_path,
+        default=str(DEMO_MODEL),
         metavar="MODEL",
-        help="a transformers checkpoint folder with safetensors; without, the demo model",
+        help="a transformers checkpoint folder, or a hub id; without, the demo model",
     )
     parser.add_argument(
         "--store", type=Path, metavar="STORE", help="the same model, converted; without, it is converted for the while"
@@ -105,11 +108,12 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
     if arguments.plot is not None:
         require_plotting()
-    _require_checkpoint(arguments.model)
+    cases = arguments.cases or [Case.parse(text) for text in (_LIMITED if arguments.limit else _UNLIMITED)]
+    checkpoint = _checkpoint(arguments.model, cases)
     with tempfile.TemporaryDirectory(prefix="sparseflow-bench-") as scratch:
-        conditions, say = _conditions(arguments, Path(scratch)), _ignore if arguments.quiet else _say
+        conditions = _conditions(arguments, checkpoint, Path(scratch))
+        say = _ignore if arguments.quiet else _say
         bench = Bench(conditions, _group_parent(arguments.limit), Path(scratch), say, quiet=arguments.quiet)
-        cases = arguments.cases or [Case.parse(text) for text in (_LIMITED if arguments.limit else _UNLIMITED)]
         result = run_benchmark(bench, cases, 1 if arguments.quick else arguments.rounds, arguments.partial_layers)
     if not arguments.json:
         print(format_conditions(result))
@@ -121,9 +125,10 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def _conditions(arguments: argparse.Namespace, scratch: Path) -> Conditions:
+def _conditions(arguments: argparse.Namespace, checkpoint: Path, scratch: Path) -> Conditions:
     return Conditions(
-        checkpoint=arguments.model.resolve(),
+        checkpoint=checkpoint,
+        model=model_name(arguments.model),
         store=(arguments.store or _converted(arguments, scratch)).resolve(),
         limit_nbytes=arguments.limit,
         memory=parse_size(arguments.memory) if arguments.memory not in (None, "auto") else arguments.memory,
@@ -164,9 +169,14 @@ def _converted(arguments: argparse.Namespace, scratch: Path) -> Path:
     return store
 
 
-def _require_checkpoint(folder: Path) -> None:
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise BadRequest(f"{folder}: has no config.json and *.safetensors; give a transformers checkpoint folder")
+def _checkpoint(name: str, cases: Sequence[Case]) -> Path:
+    """Its folder; one of the hub is downloaded, if it has to be."""
+    folder = locate(name)
+    kinds = ["safetensors"] if any(case.peer == PARTIAL for case in cases) else ["safetensors", "bin"]
+    if not (folder / "config.json").is_file() or not any(list(folder.glob(f"*.{kind}")) for kind in kinds):
+        wanted = " or ".join(f"*.{kind}" for kind in kinds)
+        raise BadRequest(f"{folder}: has no config.json and {wanted}; give a transformers checkpoint folder")
+    return folder
 
 
 def _case(text: str) -> Case:

@@ -3,10 +3,15 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from child_process import run_python
+from safetensors.torch import load_file
+
+from sparseflow.cli.main import main
 
 MAIN = "import sys; from sparseflow.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -86,7 +91,7 @@ def test_without_cgroups_weights_are_evicted_before_every_token(
         (["--cases", "flexgen"], "give one of"),
         (["--python", "flexgen=/usr/bin/python"], "PEER one of"),
         (["--limit", "much"], "much"),
-        (["/nonexistent"], "give a transformers checkpoint folder"),
+        ([str(Path(__file__).parent)], "give a transformers checkpoint folder"),
     ],
 )
 def test_wrong_usage_says_what_is_right(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,3 +103,30 @@ def test_wrong_usage_says_what_is_right(arguments: list[str], message: str, caps
         code = int(end.code or 0)
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_published_model_is_measured_by_its_hub_id(demo_model: Path, tmp_path: Path) -> None:
+    """As the hub has OPT: weights in a `.bin` file, in the hub's cache."""
+    repository = tmp_path / "hf" / "hub" / "models--somebody--small-opt"
+    snapshot = repository / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(demo_model, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(demo_model / "model.safetensors"), snapshot / "pytorch_model.bin")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    output = run_python(
+        MAIN, "bench", "somebody/small-opt", "--quick", "--json", "--cases", "transformers", "sparseflow",
+        timeout_s=300, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    result = json.loads(output)
+    assert result["ok"]
+    assert result["conditions"]["checkpoint"] == "small-opt"
+    assert result["summary"]["sparseflow"]["same_as_dense"] == 1
+
+
+def test_partial_offloads_are_refused_where_layers_cannot_be_told_apart(
+    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(demo_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "model" / "pytorch_model.bin").touch()
+    assert main(["bench", str(tmp_path / "model"), "--limit", "1GiB"]) == 2
+    assert "no config.json and *.safetensors" in capsys.readouterr().err
