@@ -1,7 +1,7 @@
-"""The README's tables and figures of speed, from the results that `reproduce.sh` and `gpu.py` have written.
+"""The tables and figures of speed in README.md and RESULTS.md, from the results that `reproduce.sh` and `gpu.py` have written.
 
 python scripts/bench/tables.py            # print them
-python scripts/bench/tables.py --write    # put them into README.md, each between its two marks; and draw the figures
+python scripts/bench/tables.py --write    # put them into the pages, each between its two marks; and draw the figures
 """
 
 import argparse
@@ -19,6 +19,7 @@ from sparseflow.utils.sizes import format_size
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results")
+PAGES = (ROOT / "README.md", Path(__file__).with_name("RESULTS.md"))
 END = "<!-- end -->"
 Row = dict[str, Any]
 
@@ -116,10 +117,10 @@ def write_figures() -> None:
 def main() -> None:
     """Print, or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    readme = ROOT / "README.md"
+    parser.add_argument("--write", action="store_true", help="into README.md and RESULTS.md")
     if parser.parse_args().write:
-        readme.write_text(written_into(readme.read_text(encoding="utf-8"), all_tables()), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(written_into(page.read_text(encoding="utf-8"), all_tables()), encoding="utf-8")
         write_figures()
         return
     for title, content in all_tables().items():

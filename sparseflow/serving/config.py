@@ -1,5 +1,6 @@
 """What an API server is started with. Each default is written here and nowhere else."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +54,9 @@ class ServeConfig:
         if not 0 <= self.port < 1 << 16:
             raise BadRequest(f"port={self.port}: give a number from 0 (any) to 65535")
         for name in ("queue_timeout_s", "step_timeout_s", "load_timeout_s"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise BadRequest(f"{name}={getattr(self, name)}: give seconds, more than 0")
-        if not self.drain_timeout_s >= 0:
+        if not 0 <= self.drain_timeout_s < math.inf:
             raise BadRequest(f"drain_timeout_s={self.drain_timeout_s}: give seconds, 0 or more")
 
     def api_keys(self) -> frozenset[str]:

@@ -8,8 +8,10 @@ from typing import Any
 from sparseflow.errors import SparseFlowError
 from sparseflow.protocol.inquiry import ask_status
 from sparseflow.serving.api_error import ApiError
+from sparseflow.serving.messages import Job
 from sparseflow.serving.metrics import Metrics
 from sparseflow.serving.pool import Pool
+from sparseflow.serving.worker_process import described
 
 _ASK_S = 2.0
 
@@ -53,6 +55,22 @@ class Front:
         """
         if name not in (None, self.name):
             raise ApiError(404, "model_not_found", f"model {name!r} is not served here; ask for {self.name!r}", "model")
+
+    def fitting(self, jobs: list[Job]) -> list[Job]:
+        """The jobs.
+
+        Raises:
+            ApiError: a prompt is so long that it need not be tokenized to know that it does not fit.
+        """
+        ready = self.pool.ready
+        for job in jobs:
+            size, most, what = len(described(job)), ready.n_positions, "tokens"
+            if not isinstance(job.prompt, list):
+                most, what = ready.n_positions * ready.longest_token, "characters"
+            if size > most:
+                text = f"a prompt of {size} {what}, the model has {ready.n_positions} positions; shorten the prompt"
+                raise ApiError(400, "context_length_exceeded", text, "messages" if job.messages else "prompt")
+        return jobs
 
     def require_chat_template(self) -> None:
         """

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from sparseflow.errors import BadRequest, PromptTooLong
-from sparseflow.serving.messages import Begun, Cancelled, Finished, Job, Message, Piece, ScoredToken
+from sparseflow.serving.messages import Alive, Begun, Cancelled, Finished, Job, Message, Piece, ScoredToken
 from sparseflow.serving.sampling import Sampler
 from sparseflow.serving.text_stream import Shown, TextStream
 from sparseflow.serving.token_names import TokenNames
@@ -59,10 +60,9 @@ class Generator:
         n_cached = self._keep_common(ids, scores_prompt)
         tell(Begun(job.id, len(ids), n_cached))
         try:
-            prompt_scores = self._read_prompt(job, ids, require_wanted, scores_prompt)
-            for index in range(job.n):
-                stream = self._echo(job, index, ids, prompt_scores, tell)
-                self._continue(job, index, ids, max_tokens, stream, tell, require_wanted)
+            prompt_scores = self._read_prompt(job, ids, tell, require_wanted, scores_prompt)
+            stream = self._echo(job, ids, prompt_scores, tell)
+            self._continue(job, ids, max_tokens, stream, tell, require_wanted)
         except BaseException:
             self._cache, self._cached_ids = self._new_cache(), []  # a step may have been left half done
             raise
@@ -70,8 +70,9 @@ class Generator:
     # --- the prompt
 
     def _prompt_ids(self, job: Job) -> list[int]:
+        ids: list[int] | None
         if job.messages is not None:
-            ids = self._tokenizer.apply_chat_template(job.messages, add_generation_prompt=True, return_dict=False)
+            ids = self._templated(job.messages)
         elif isinstance(job.prompt, str):
             encoded = self._tokenizer(job.prompt, add_special_tokens=job.add_special_tokens, verbose=False)
             ids = encoded.input_ids
@@ -86,6 +87,13 @@ class Generator:
         wrong_biases = [token_id for token_id in job.logit_bias if not 0 <= token_id < vocab_size]
         if wrong_biases:
             raise BadRequest(f"logit_bias: {wrong_biases[0]} is no token; give ids from 0 to {vocab_size - 1}")
+        return list(ids)
+
+    def _templated(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # what templates raise of themselves, and others
+            raise BadRequest(f"messages: the chat template refuses them ({error})") from error
         return list(ids)
 
     def _require_room(self, job: Job, n_prompt: int) -> int:
@@ -113,7 +121,12 @@ class Generator:
         return n_common
 
     def _read_prompt(
-        self, job: Job, ids: Sequence[int], require_wanted: Callable[[], None], scores_prompt: bool
+        self,
+        job: Job,
+        ids: Sequence[int],
+        tell: Callable[[Message], None],
+        require_wanted: Callable[[], None],
+        scores_prompt: bool,
     ) -> list[ScoredToken]:
         """Compute the prompt but for its last token; the scores of its tokens where they are asked for."""
         scored = [self._scored(ids[0], None, job)] if scores_prompt else []
@@ -121,6 +134,7 @@ class Generator:
             require_wanted()
             chunk = ids[n_done : min(n_done + _CHUNK, len(ids) - 1)]
             logits = self._step(chunk, all_logits=scores_prompt)
+            tell(Alive(job.id))
             for begin in range(0, len(chunk) if scores_prompt else 0, _SCORED_AT_ONCE):
                 some = logits[begin : begin + _SCORED_AT_ONCE].float().log_softmax(-1)
                 following = ids[n_done + begin + 1 :]
@@ -128,7 +142,7 @@ class Generator:
         return scored
 
     def _echo(
-        self, job: Job, index: int, ids: Sequence[int], scores: Sequence[ScoredToken], tell: Callable[[Message], None]
+        self, job: Job, ids: Sequence[int], scores: Sequence[ScoredToken], tell: Callable[[Message], None]
     ) -> TextStream:
         """Tell the prompt where it is asked for; the stream of what comes after it."""
         if not job.echo:
@@ -137,7 +151,7 @@ class Generator:
         shown = [prompt.push(token_id, scores[n] if scores else None) for n, token_id in enumerate(ids)]
         shown.append(prompt.finish())
         text = "".join(part.text for part in shown)
-        tell(Piece(job.id, index, text, [token for part in shown for token in part.tokens]))
+        tell(Piece(job.id, text, [token for part in shown for token in part.tokens], is_prompt=True))
         return TextStream(self._tokenizer, ids, job.stop, offset=len(text))
 
     # --- what is made
@@ -145,16 +159,13 @@ class Generator:
     def _continue(
         self,
         job: Job,
-        index: int,
         ids: Sequence[int],
         max_tokens: int,
         stream: TextStream,
         tell: Callable[[Message], None],
         require_wanted: Callable[[], None],
     ) -> None:
-        """One choice."""
-        self._cut(len(ids) - 1)
-        sampler = Sampler(job, index, ids, self._eos_ids)
+        sampler = Sampler(job, ids, self._eos_ids)
         last, n_made, reason = ids[-1], 0, "length"
         while n_made < max_tokens:
             require_wanted()
@@ -162,16 +173,16 @@ class Generator:
             last = sampler.choose(logits)
             n_made += 1
             token = None if job.logprobs is None else self._scored(last, logits.log_softmax(-1), job)
-            self._tell_shown(job, index, stream.push(last, token), tell)
+            self._tell_shown(job, stream.push(last, token), tell)
             if last in self._eos_ids or stream.is_stopped:
                 reason = "stop"
                 break
-        self._tell_shown(job, index, stream.finish(), tell)
-        tell(Finished(job.id, index, reason, n_made))
+        self._tell_shown(job, stream.finish(), tell)
+        tell(Finished(job.id, reason, n_made))
 
-    def _tell_shown(self, job: Job, index: int, shown: Shown, tell: Callable[[Message], None]) -> None:
-        if shown.text or shown.tokens:
-            tell(Piece(job.id, index, shown.text, shown.tokens))
+    def _tell_shown(self, job: Job, shown: Shown, tell: Callable[[Message], None]) -> None:
+        is_something = shown.text or shown.tokens
+        tell(Piece(job.id, shown.text, shown.tokens) if is_something else Alive(job.id))
 
     def _scored(self, token_id: int, logprobs: Tensor | None, job: Job) -> ScoredToken:
         """Args: logprobs: (vocab_size,) float32 of this position, None for the first of a prompt."""

@@ -1,7 +1,7 @@
 """What the front and a worker say to each other over their socket pair, as msgpack.
 
-    front      Job      ->   worker     answered by Begun, Pieces and a Finished for each choice, then Done;
-                                        or by Failed, at any moment
+    front      Job      ->   worker     answered by Begun, Pieces, Finished, and then Done; or by Failed, at any
+                                        moment; Alive comes where a step had nothing to tell
                Cancel   ->              the job ends early, with Done
     worker     Ready    ->   front      once, when the model is open
 
@@ -18,16 +18,17 @@ MESSAGE_NBYTES_MAX = 1 << 28
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt to continue, `n` times. Either `prompt` (text or token ids) or `messages` (a chat) is given."""
+    """One choice: a prompt to continue. Either `prompt` (text or token ids) or `messages` (a chat) is given."""
 
     id: int
+    index: int = 0
+    """Which of a prompt's choices it is: their tokens are drawn apart, by `seed + index`."""
     prompt: str | list[int] | None = None
     messages: list[dict[str, str]] | None = None
     add_special_tokens: bool = True
     max_tokens: int | None = None
     """None: as many as the model has positions for."""
     min_tokens: int = 0
-    n: int = 1
     echo: bool = False
     logprobs: int | None = None
     """So many likeliest tokens are told beside each token; None: no probabilities at all."""
@@ -59,6 +60,8 @@ class Ready:
     model: str
     fidelity: str
     n_positions: int
+    longest_token: int
+    """Bytes of the longest text that one token stands for."""
     has_chat_template: bool
 
 
@@ -69,6 +72,13 @@ class Begun:
     id: int
     prompt_tokens: int
     cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A step was made, of which there is nothing to show: a part of a prompt, or text that is held back."""
+
+    id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +104,19 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """More text of one choice, with its tokens where the job asks for probabilities."""
+    """More text, with its tokens where the job asks for probabilities. is_prompt: it is the prompt's echo."""
 
     id: int
-    index: int
     text: str
     tokens: list[ScoredToken]
+    is_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One choice is complete. reason: `stop` (the model or a stop string ended it), `length`, or `cancelled`."""
+    """The text is complete. reason: `stop` (the model or a stop string ended it) or `length`."""
 
     id: int
-    index: int
     reason: str
     completion_tokens: int
 
@@ -133,8 +142,8 @@ class Cancelled(Exception):
     """Ends a job that a `Cancel` came for."""
 
 
-Message = Job | Cancel | Ready | Begun | Piece | Finished | Done | Failed
-_KINDS = {kind.__name__: kind for kind in (Job, Cancel, Ready, Begun, Piece, Finished, Done, Failed)}
+Message = Job | Cancel | Ready | Begun | Alive | Piece | Finished | Done | Failed
+_KINDS = {kind.__name__: kind for kind in (Job, Cancel, Ready, Begun, Alive, Piece, Finished, Done, Failed)}
 
 
 def pack(message: Message) -> bytes:

@@ -14,6 +14,7 @@ from sparseflow.serving.worker_process import WorkerProcess, described
 
 _log = logging.getLogger(__name__)
 _RESTART_S_MAX = 30.0
+_COMPARED = 1 << 16  # characters, or token ids
 
 
 class Pool:
@@ -40,6 +41,7 @@ class Pool:
         """What the first worker said of the model."""
         self.n_requests = 0
         self.n_restarts = 0
+        self._is_closed = False
 
     async def open(self) -> None:
         """Start all workers.
@@ -47,25 +49,27 @@ class Pool:
         Raises:
             ServerError: one could not be started; then none is left.
         """
-        started = await asyncio.gather(*(self._start() for _ in range(self.n_workers)), return_exceptions=True)
-        for worker in started:
-            if isinstance(worker, WorkerProcess):
-                self._add(worker)
-        for error in started:
-            if isinstance(error, BaseException):
-                await self.close()
-                raise error
+        for _ in range(self.n_workers):
+            self._in_background(self._start_one())
+        starts = list(self._tasks)
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            await self.close()
+            raise
         self.ready = self._idle[0].ready
 
     async def close(self) -> None:
-        """End all workers and what waits for one. May be called twice."""
-        for task in list(self._tasks):
-            task.cancel()
+        """End all workers, and what has one or waits for one, by an error `ending`. May be called twice."""
+        self._is_closed = True
         for future in self._waiting:
             if not future.done():
-                future.set_exception(ApiError(503, "ending", "the server is ending"))
-        workers, self._workers, self._idle = self._workers, set(), []
-        await asyncio.gather(*self._tasks, *(worker.end() for worker in workers), return_exceptions=True)
+                future.set_exception(_ending())
+        while self._tasks or self._workers:
+            tasks, workers, self._workers, self._idle = list(self._tasks), list(self._workers), set(), []
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, *(worker.end() for worker in workers), return_exceptions=True)
 
     # --- requests
 
@@ -100,6 +104,8 @@ class Pool:
             async with aclosing(worker.run(job)) as messages:
                 async for message in messages:
                     yield message
+        except ApiError as error:
+            raise (_ending() if self._is_closed else error) from None
         finally:
             if worker.is_idle and worker.is_alive:
                 self._give(worker)
@@ -111,7 +117,7 @@ class Pool:
     @property
     def n_alive(self) -> int:
         """Workers that are there now."""
-        return sum(worker.is_alive for worker in self._workers)
+        return sum(worker.is_alive for worker in list(self._workers))
 
     @property
     def pids(self) -> list[int]:
@@ -121,9 +127,11 @@ class Pool:
     @property
     def n_busy(self) -> int:
         """Workers that have a job."""
-        return sum(not worker.is_idle for worker in self._workers)
+        return sum(not worker.is_idle for worker in list(self._workers))
 
     async def _take(self, job: Job) -> WorkerProcess:
+        if self._is_closed:
+            raise _ending()
         if self._idle:
             best = max(self._idle, key=lambda worker: _n_common(worker.last_prompt, job))
             self._idle.remove(best)
@@ -143,7 +151,8 @@ class Pool:
             text = f"no worker was free for {self._queue_timeout_s:g} s; try later, or start more with --workers"
             raise ApiError(503, "queue_timeout", text, retry_after_s=1) from None
 
-    def _add(self, worker: WorkerProcess) -> None:
+    async def _start_one(self) -> None:
+        worker = await self._start()
         self._workers.add(worker)
         worker.when_ended(lambda: self._on_end(worker))
         self._give(worker)
@@ -156,6 +165,9 @@ class Pool:
 
     def _give(self, worker: WorkerProcess) -> None:
         """A worker is free."""
+        if not worker.is_alive:
+            self._in_background(self._recover(worker))
+            return
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
@@ -171,28 +183,39 @@ class Pool:
             return
         self._workers.discard(worker)
         await worker.end()
-        _log.warning("worker %d died; another one is started", worker.pid)
+        if not self._is_closed:
+            _log.warning("worker %d died; another one is started", worker.pid)
+            await self._replace()
+
+    async def _replace(self) -> None:
         delay_s = 0.0
         while True:
             await asyncio.sleep(delay_s)
             try:
-                replacement = await self._start()
-                break
-            except ServerError as error:
+                await self._start_one()
+            except (ServerError, OSError) as error:  # the system may have no more processes or descriptors now
                 delay_s = min(max(1.0, 2 * delay_s), _RESTART_S_MAX)
                 _log.error("no worker in its place: %s; tried again in %g s", error, delay_s)
-        self.n_restarts += 1
-        self._add(replacement)
+            else:
+                self.n_restarts += 1
+                return
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._is_closed:
+            work.close()
+            return
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
+def _ending() -> ApiError:
+    return ApiError(503, "ending", "the server is ending; try again when it is back")
+
+
 def _n_common(last_prompt: str | list[int], job: Job) -> int:
     """How much of a job's prompt a worker's last one began with: so much need not be computed."""
-    prompt = described(job)
+    prompt = described(job)[:_COMPARED]
     if not isinstance(prompt, type(last_prompt)):
         return 0
     pairs = zip(prompt, last_prompt, strict=False)

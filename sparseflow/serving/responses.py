@@ -19,7 +19,7 @@ class Choice:
 
 
 class Response:
-    """Gathers the messages of a request's jobs; a subclass knows the form of one way to ask."""
+    """Gathers the messages of a request's jobs, one a choice; a subclass knows the form of one way to ask."""
 
     prefix = ""
     object = ""
@@ -28,7 +28,7 @@ class Response:
     def __init__(self, model: str, fidelity: str, n: int, n_prompts: int, tells_logprobs: bool) -> None:
         """
         Args:
-            n: choices for each prompt. Choice c of prompt p has the index `p * n + c`.
+            n: choices for each prompt. Choice c of prompt p has the index `p * n + c`, as its job has.
         """
         self._n = n
         self._tells_logprobs = tells_logprobs
@@ -41,19 +41,17 @@ class Response:
         self._choices = [Choice() for _ in range(n * n_prompts)]
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
-    def take(self, prompt: int, message: Message) -> dict[str, Any] | None:
-        """Note a message of one prompt's job; the event that a stream sends of it, if any."""
+    def take(self, index: int, message: Message) -> dict[str, Any] | None:
+        """Note a message of one choice's job; the event that a stream sends of it, if any."""
         match message:
-            case Begun():
+            case Begun() if index % self._n == 0:
                 self.prompt_tokens += message.prompt_tokens
                 self.cached_tokens += message.cached_tokens
             case Piece():
-                index = prompt * self._n + message.index
                 self._choices[index].text += message.text
                 self._choices[index].tokens += message.tokens
                 return self._chunk(self._piece(index, message))
             case Finished():
-                index = prompt * self._n + message.index
                 self._choices[index].finish_reason = message.reason
                 self.completion_tokens += message.completion_tokens
                 return self._chunk(self._piece(index, None) | {"finish_reason": message.reason})

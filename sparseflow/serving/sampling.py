@@ -16,11 +16,13 @@ from transformers import (
 
 from sparseflow.serving.messages import Job
 
+_GREEDY = 1e-5  # below this, logits over the temperature may be no numbers
+
 
 class Sampler:
-    """Chooses the tokens of one choice. The same job, seed and index give the same tokens."""
+    """Chooses the tokens of one choice. The same seed and index give the same tokens."""
 
-    def __init__(self, job: Job, index: int, prompt_ids: Sequence[int], eos_ids: Sequence[int]) -> None:
+    def __init__(self, job: Job, prompt_ids: Sequence[int], eos_ids: Sequence[int]) -> None:
         self._job = job
         self._ids = list(prompt_ids)
         self._made: Counter[int] = Counter()
@@ -30,7 +32,7 @@ class Sampler:
         if job.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed((job.seed + index) % 2**63)
+            self._generator.manual_seed((job.seed + job.index) % 2**63)
         self._penalty = RepetitionPenaltyLogitsProcessor(job.repetition_penalty)
         self._warpers = _warpers(job)
 
@@ -41,7 +43,7 @@ class Sampler:
             logits: (vocab_size,) float32, on the CPU; left as they are.
         """
         scores = self._adjusted(logits[None])
-        if self._job.temperature == 0:
+        if self._job.temperature < _GREEDY:
             chosen = int(scores.argmax())
         else:
             probabilities = self._warpers(None, scores).softmax(-1)
@@ -73,7 +75,7 @@ class Sampler:
 
 def _warpers(job: Job) -> LogitsProcessorList:
     warpers = LogitsProcessorList()
-    if job.temperature not in (0, 1):
+    if job.temperature >= _GREEDY and job.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(job.temperature)))
     if job.top_k > 0:
         warpers.append(TopKLogitsWarper(job.top_k))

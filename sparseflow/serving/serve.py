@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from sparseflow.serving.weight_server import OwnWeightServer
 from sparseflow.serving.worker_process import WorkerProcess
 
 _log = logging.getLogger(__name__)
+_ANSWER_S = 5.0  # beside the drain, to tell those whose texts are not complete
 
 
 def serve(config: ServeConfig, when_ready: Callable[[dict[str, Any]], None]) -> None:
@@ -61,11 +63,14 @@ async def _serve(config: ServeConfig, when_ready: Callable[[dict[str, Any]], Non
             log_config=None,
             access_log=False,
             lifespan="off",
-            timeout_graceful_shutdown=int(config.drain_timeout_s),
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout_s + _ANSWER_S),
         )
-        server = _Server(settings, partial(when_ready, facts))
+        server = _Server(settings, partial(when_ready, facts), front.pool, config.drain_timeout_s)
         stopping.then(server.stop)
-        await server.serve(sockets=[sock])
+        try:
+            await server.serve(sockets=[sock])
+        except OSError as error:  # somebody else has begun to listen there
+            raise _taken(config.host, config.port, error) from error
 
 
 async def _open(config: ServeConfig, keys: frozenset[str], stack: AsyncExitStack) -> Front:
@@ -90,9 +95,12 @@ async def _open(config: ServeConfig, keys: frozenset[str], stack: AsyncExitStack
 class _Server(uvicorn.Server):
     """uvicorn's, which says when it listens, and leaves signals to us: it would end the process before the workers."""
 
-    def __init__(self, config: uvicorn.Config, when_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, when_ready: Callable[[], None], pool: Pool, drain_timeout_s: float
+    ) -> None:
         super().__init__(config)
-        self._when_ready = when_ready
+        self._when_ready, self._pool, self._drain_timeout_s = when_ready, pool, drain_timeout_s
+        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -107,6 +115,12 @@ class _Server(uvicorn.Server):
         """Take no more requests and end once those there are have been answered; called twice: at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        self._draining = self._draining or asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Texts that are not complete in time end with an error."""
+        await asyncio.sleep(self._drain_timeout_s)
+        await self._pool.close()
 
 
 class _Stopping:
@@ -143,7 +157,7 @@ class _Stopping:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Taken before anything is loaded; it listens only once requests can be answered."""
+    """Tried before anything is loaded; it listens only once requests can be answered."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
@@ -157,9 +171,13 @@ def _bind(host: str, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise BadRequest(f"--host {host} --port {port}: {error.strerror}; give others (--port 0: any)") from error
+        raise _taken(host, port, error) from error
     sock.set_inheritable(False)
     return sock
+
+
+def _taken(host: str, port: int, error: OSError) -> BadRequest:
+    return BadRequest(f"--host {host} --port {port}: {error.strerror}; give others (--port 0: any)")
 
 
 def _is_local(host: str) -> bool:

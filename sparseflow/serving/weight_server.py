@@ -3,17 +3,20 @@
 import asyncio
 import logging
 import sys
+import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Sequence
 from contextlib import suppress
 
 from sparseflow.errors import ServerError
 from sparseflow.protocol.run_directory import RunDirectory
+from sparseflow.serving.uncancelled import uncancelled
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.05
 _END_S = 15.0
 _RESTART_S_MAX = 30.0
+_SETTLED_S = 60.0
 
 
 class OwnWeightServer:
@@ -44,7 +47,7 @@ class OwnWeightServer:
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
-        await self._end_one()
+        await uncancelled(self._end_one())
 
     async def _start_one(self) -> None:
         process = self._process = await asyncio.create_subprocess_exec(
@@ -58,26 +61,31 @@ class OwnWeightServer:
                         raise ServerError(f"the weight server ended with exit code {process.returncode}; see above")
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            await self._end_one()
+            await uncancelled(self._end_one())
             raise ServerError(
                 f"the weight server was not there within {self._load_timeout_s:g} s; convert the checkpoint before "
                 "(sparseflow convert), or raise --load-timeout"
             ) from None
         except BaseException:
-            await self._end_one()
+            await uncancelled(self._end_one())
             raise
 
     async def _keep(self) -> None:
+        """Start another one where it ends; ever later, while they end soon."""
         delay_s = 0.0
         while True:
             assert self._process is not None
+            begin_s = time.monotonic()
             code = await self._process.wait()
-            _log.warning("the weight server ended with exit code %d; another one is started", code)
+            if time.monotonic() - begin_s > _SETTLED_S:
+                delay_s = 0.0
+            _log.warning("the weight server ended with exit code %d; another one is started in %g s", code, delay_s)
             await asyncio.sleep(delay_s)
             delay_s = min(max(1.0, 2 * delay_s), _RESTART_S_MAX)
-            with suppress(ServerError):  # which it has said on stderr
+            try:
                 await self._start_one()
-                delay_s = 0.0
+            except (ServerError, OSError) as error:
+                _log.error("no weight server in its place: %s", error)
 
     async def _end_one(self) -> None:
         process = self._process

@@ -1,6 +1,7 @@
 """One request's jobs: they wait, run, and are cancelled together."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -10,9 +11,12 @@ from sparseflow.serving.messages import Begun, Finished, Job, Message, Piece
 from sparseflow.serving.metrics import Metrics
 from sparseflow.serving.pool import Pool
 
+_UNREAD_MAX = 64  # messages that wait for a client that reads slowly; then its workers wait too
+_log = logging.getLogger(__name__)
+
 
 class Work:
-    """Runs jobs from when it is made until `close`, which cancels what is not done."""
+    """Runs jobs from when it is made until `close`, which whoever makes it has to call."""
 
     def __init__(self, pool: Pool, jobs: Sequence[Job], metrics: Metrics) -> None:
         """
@@ -22,8 +26,9 @@ class Work:
         self._pool, self._jobs, self._metrics = pool, jobs, metrics
         # So that a request of many prompts leaves the others their turn.
         self._turns = asyncio.Semaphore(pool.n_workers)
-        self._told: asyncio.Queue[tuple[int, Message] | ApiError | None] = asyncio.Queue()
+        self._told: asyncio.Queue[tuple[int, Message] | ApiError | None] = asyncio.Queue(_UNREAD_MAX)
         self._begin_s = time.perf_counter()
+        self._is_closed = False
         pool.enter()
         self._task = asyncio.create_task(self._run())
 
@@ -39,22 +44,28 @@ class Work:
             yield told
 
     async def close(self) -> None:
-        """Cancel what is not done. May be called twice."""
+        """Cancel what is not done, and give the place in the queue back. May be called twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         if not self._task.done():
             self._metrics.cancelled.inc()
         self._task.cancel()
+        self._pool.leave()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
+        last: ApiError | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for number, job in enumerate(self._jobs):
                     group.create_task(self._run_job(number, job))
         except* ApiError as errors:
-            self._told.put_nowait(_first(errors))
-        finally:
-            self._pool.leave()
-            self._told.put_nowait(None)
+            last = _first(errors)
+        except* Exception as errors:
+            _log.error("a request failed", exc_info=errors)
+            last = ApiError(500, "internal", f"{type(_leaf(errors)).__name__}; see the log")
+        await self._told.put(last)
 
     async def _run_job(self, number: int, job: Job) -> None:
         last_s: float | None = None
@@ -66,7 +77,7 @@ class Work:
                         self._metrics.waited_s.observe(now_s - self._begin_s)
                         self._metrics.prompt_tokens.inc(message.prompt_tokens)
                         self._metrics.cached_tokens.inc(message.cached_tokens)
-                    case Piece():
+                    case Piece(is_prompt=False):
                         if last_s is None:
                             self._metrics.first_token_s.observe(now_s - self._begin_s)
                         else:
@@ -74,12 +85,16 @@ class Work:
                         last_s = now_s
                     case Finished():
                         self._metrics.made_tokens.inc(message.completion_tokens)
-                self._told.put_nowait((number, message))
+                await self._told.put((number, message))
 
 
 def _first(errors: BaseExceptionGroup[ApiError]) -> ApiError:
-    error: BaseException = errors
+    error = _leaf(errors)
+    assert isinstance(error, ApiError)
+    return error
+
+
+def _leaf(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, ApiError)
     return error

@@ -105,7 +105,8 @@ def failure(job_id: int, error: SparseFlowError) -> Failed:
 
 def main() -> int:
     """Returns 0, or 1 where the model cannot be opened, of which one line on stderr tells."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which closes the socket
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal's or a service manager's: the front acts upon them
+        signal.signal(number, signal.SIG_IGN)
     sock, arguments = socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2])
     start_logging("WARNING", arguments.pop("log_format"))
     import torch
@@ -122,6 +123,8 @@ def main() -> int:
     except SparseFlowError as error:
         print(f"sparseflow: error: worker {os.getpid()}: {error}", file=sys.stderr)
         return 1
+    generator = Generator(model, tokenizer)
+    generator.run(Job(0, prompt=[0, 0], max_tokens=1), lambda message: None, lambda: False)  # kernels are compiled
     front = Front(sock)
     front.tell(
         Ready(
@@ -129,10 +132,11 @@ def main() -> int:
             arguments["model"] or model.source.profile.model_identifier,
             model.fidelity,
             model.config.max_position_embeddings,
+            max(map(len, tokenizer.get_vocab())),
             tokenizer.chat_template is not None,
         )
     )
-    serve_jobs(front, Generator(model, tokenizer))
+    serve_jobs(front, generator)
     model.close()
     return 0
 

@@ -5,16 +5,19 @@ import json
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from sparseflow.errors import ServerError
 from sparseflow.serving.api_error import ApiError
-from sparseflow.serving.messages import Cancel, Done, Failed, Job, Message, Ready, pack, unpack, unpacker
+from sparseflow.serving.messages import Alive, Cancel, Done, Failed, Job, Message, Ready, pack, unpack, unpacker
+from sparseflow.serving.uncancelled import uncancelled
 
 _READ_NBYTES = 1 << 16
 _END_S = 10.0  # for a worker that is told to end
+_STUCK = "worker_stuck"
 
 
 class WorkerProcess:
@@ -29,8 +32,9 @@ class WorkerProcess:
             silence_s: seconds for a step of the model; a worker that is silent for longer is taken for stuck.
         """
         self._process, self._reader, self._writer, self._silence_s = process, reader, writer, silence_s
-        self._inbox: asyncio.Queue[Message | None] = asyncio.Queue()  # None: it has ended
-        self._reading = asyncio.create_task(self._read())
+        self._ended = asyncio.create_task(process.wait())
+        self._messages = unpacker()
+        self._pending: deque[Message] = deque()  # received together with one that was asked for
         self._job_id: int | None = None
         self._is_lost = False
         self.ready: Ready
@@ -59,23 +63,30 @@ class WorkerProcess:
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=DEVNULL, stdout=sys.stderr, pass_fds=[theirs.fileno()]
             )
-            reader, writer = await asyncio.open_unix_connection(sock=ours.dup())
-        worker = cls(process, reader, writer, silence_s)
+            try:
+                worker = cls(process, *await asyncio.open_unix_connection(sock=ours.dup()), silence_s)
+            except BaseException:
+                process.kill()
+                await uncancelled(process.wait())
+                raise
         try:
-            async with asyncio.timeout(load_timeout_s):
-                first = await worker._inbox.get()
-        except TimeoutError:
-            worker._kill()
-            await worker.end()
-            raise ServerError(f"a worker was not ready within {load_timeout_s:g} s; it was ended") from None
+            worker.ready = await worker._first_word(load_timeout_s)
         except BaseException:
+            worker._kill()  # it has nothing to lose
             await worker.end()
             raise
-        if not isinstance(first, Ready):
-            await worker.end()
-            raise ServerError(f"a worker ended with exit code {process.returncode} before it was ready; see above")
-        worker.ready = first
         return worker
+
+    async def _first_word(self, timeout_s: float) -> Ready:
+        try:
+            first = await self._next(timeout_s)
+        except ApiError as error:
+            if error.code == _STUCK:
+                raise ServerError(f"a worker was not ready within {timeout_s:g} s; it was ended") from None
+            code = await self._process.wait()
+            raise ServerError(f"a worker ended with exit code {code} before it was ready; see above") from None
+        assert isinstance(first, Ready)
+        return first
 
     @property
     def pid(self) -> int:
@@ -85,7 +96,7 @@ class WorkerProcess:
     @property
     def is_alive(self) -> bool:
         """Whether it can take a job."""
-        return not (self._is_lost or self._reading.done())
+        return not (self._is_lost or self._ended.done())
 
     @property
     def is_idle(self) -> bool:
@@ -94,7 +105,7 @@ class WorkerProcess:
 
     def when_ended(self, call: Callable[[], None]) -> None:
         """Have `call` called once it has ended, by itself or not."""
-        self._reading.add_done_callback(lambda _: call())
+        self._ended.add_done_callback(lambda _: call())
 
     async def run(self, job: Job) -> AsyncGenerator[Message]:
         """Its messages about a job, but for Done.
@@ -103,12 +114,15 @@ class WorkerProcess:
             ApiError: the job failed, or the worker died or is stuck; then it is not alive.
         """
         assert self._job_id is None
+        packed = pack(job)
         self._job_id = job.id
         self.last_prompt = described(job)
-        self._writer.write(pack(job))
+        self._writer.write(packed)
         while True:
-            message = await self._next()
+            message = await self._next(self._silence_s)
             match message:
+                case Alive():
+                    continue
                 case Done():
                     self._job_id = None
                     return
@@ -123,12 +137,15 @@ class WorkerProcess:
             return
         self._writer.write(pack(Cancel(self._job_id)))
         with suppress(ApiError):
-            while not isinstance(await self._next(), Done | Failed):
+            while not isinstance(await self._next(self._silence_s), Done | Failed):
                 pass
             self._job_id = None
 
     async def end(self) -> None:
         """Close its socket, and kill it where it does not end by that. May be called twice."""
+        await uncancelled(self._end())
+
+    async def _end(self) -> None:
         self._writer.close()
         try:
             async with asyncio.timeout(_END_S):
@@ -136,33 +153,31 @@ class WorkerProcess:
         except TimeoutError:
             self._kill()
             await self._process.wait()
-        self._reading.cancel()
 
-    async def _next(self) -> Message:
+    async def _next(self, timeout_s: float) -> Message:
         try:
-            async with asyncio.timeout(self._silence_s):
-                message = await self._inbox.get()
+            async with asyncio.timeout(timeout_s):
+                while not self._pending:
+                    await self._receive()
+            return self._pending.popleft()
         except TimeoutError:
             self._is_lost = True
             self._kill()
-            raise ApiError(500, "worker_stuck", f"the worker was silent for {self._silence_s:g} s; try again") from None
-        if message is None:
+            raise ApiError(500, _STUCK, f"the worker was silent for {timeout_s:g} s; try again") from None
+        except (OSError, EOFError):
             self._is_lost = True
-            raise ApiError(500, "worker_died", "the worker that had this request died; try again")
-        return message
+            raise ApiError(500, "worker_died", "the worker that had this request died; try again") from None
+
+    async def _receive(self) -> None:
+        received = await self._reader.read(_READ_NBYTES)
+        if not received:
+            raise EOFError
+        self._messages.feed(received)
+        self._pending.extend(map(unpack, self._messages))
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
             self._process.kill()
-
-    async def _read(self) -> None:
-        messages = unpacker()
-        with suppress(OSError):
-            while received := await self._reader.read(_READ_NBYTES):
-                messages.feed(received)
-                for packed in messages:
-                    self._inbox.put_nowait(unpack(packed))
-        self._inbox.put_nowait(None)
 
 
 def described(job: Job) -> str | list[int]:

@@ -69,6 +69,14 @@ def scrape(server: ServerProcess) -> dict[str, float]:
 # --- over HTTP
 
 
+def test_hit_rate_of_a_model_that_is_all_in_memory_is_no_figure(host: Host, shards: ServedShards) -> None:
+    """Reading it at the start was no client's miss."""
+    status = host.serve(shards.folder).status()
+    assert status["models"][0]["is_resident"]
+    assert (status["hit_rate"], status["hits"], status["misses"]) == (None, 0, 0)
+    assert status["disk"]["bytes"] > 0
+
+
 def test_metrics_of_a_server_follow_what_its_clients_do(serve: Serve) -> None:
     server = serve(metrics_port=0)
     before = scrape(server)
@@ -79,11 +87,12 @@ def test_metrics_of_a_server_follow_what_its_clients_do(serve: Serve) -> None:
             with client.fetch(0, IDS) as fetch:
                 fetch.wait(10)
         found = scrape(server)
-        assert found["sparseflow_sessions"] == 1
+        assert found["sparseflow_sessions"] == found["sparseflow_model_sessions self-describing"] == 1
         assert found["sparseflow_bundle_misses_total"] == found["sparseflow_bundle_hits_total"] == len(IDS)
         assert found[f"sparseflow_session_bundle_hits_total self-describing {os.getpid()}"] == len(IDS)
         assert found["sparseflow_disk_read_bytes_total"] > 0
     until(lambda: scrape(server)["sparseflow_sessions"] == 0)
+    assert scrape(server)["sparseflow_model_sessions self-describing"] == 0
 
 
 def test_tokens_of_sessions_that_are_over_stay_counted(serve: Serve) -> None:
@@ -132,7 +141,7 @@ def test_port_in_use_is_one_error_before_anything_is_claimed(host: Host, shards:
 def test_port_that_is_none_is_wrong_usage(host: Host, shards: ServedShards, port: int) -> None:
     server = host.begin(shards.folder, metrics_port=port)
     assert server.wait() == EXIT_USAGE
-    assert f"metrics_port={port}: give a port up to 65535" in server.log()
+    assert f"--metrics-port: {port} is out of range: give a number between 0 and 65535" in server.log()
 
 
 def test_host_without_a_port_is_said_to_have_no_effect(serve: Serve) -> None:
@@ -408,19 +417,18 @@ def test_ctrl_c_ends_watching_and_gives_the_terminal_back(serve: Serve, terminal
     watching = terminal("--watch", "0.1")
     watching.read_until(lambda shown: shown.count(HOME) > 2)
     watching.process.send_signal(signal.SIGINT)
-    assert watching.end() == 130
+    assert watching.end() == EXIT_OK
     assert LEAVE in watching.shown
     assert "Traceback" not in watching.shown
 
 
-def test_server_that_ends_while_it_is_watched_is_said_below_its_last_page(
-    serve: Serve, terminal: Callable[..., Terminal]
-) -> None:
+def test_watch_waits_for_a_server_that_is_restarted(serve: Serve, terminal: Callable[..., Terminal]) -> None:
     server = serve()
     watching = terminal("--watch", "0.1")
-    watching.read_until(lambda shown: HOME in shown)
+    watching.read_until(lambda shown: "server s: ready" in shown)
     assert server.end() == EXIT_OK
-    assert watching.end() == EXIT_NOT_RUNNING
-    left = plain(watching.shown.partition(LEAVE)[2])
-    assert left[0].startswith("server s: ")
-    assert left[-1].startswith("sparseflow: error: ")
+    watching.read_until(lambda shown: "server s: no server; waiting" in shown)
+    serve()
+    watching.read_until(lambda shown: "server s: ready" in shown.rpartition("waiting")[2])
+    watching.process.send_signal(signal.SIGINT)
+    assert watching.end() == EXIT_OK

@@ -32,8 +32,8 @@ class Scripted:
             case "fail":
                 raise ZeroDivisionError("division by zero")
         for word in words.split():
-            tell(Piece(job.id, 0, word, []))
-        tell(Finished(job.id, 0, "length", len(words.split())))
+            tell(Piece(job.id, word, []))
+        tell(Finished(job.id, "length", len(words.split())))
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     if arguments.get("begins") == "late":
         time.sleep(1000)
     front = Front(socket.socket(fileno=int(sys.argv[1])))
-    front.tell(Ready(os.getpid(), "scripted", "exact", 100, False))
+    front.tell(Ready(os.getpid(), "scripted", "exact", 100, 9, False))
     serve_jobs(front, Scripted())
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import openai
+import psutil
 import pytest
 from api_server import DEADLINE_S, ApiServer, until
 from prometheus_client.parser import text_string_to_metric_families
@@ -82,23 +84,53 @@ def metrics(api: ApiServer) -> dict[str, float]:
     return found
 
 
-def test_client_that_hangs_up_stops_its_generation(api: ApiServer) -> None:
+def test_client_that_hangs_up_stops_its_generation_or_leaves_the_queue(api: ApiServer) -> None:
     before = metrics(api)["sparseflow_cancelled_requests_total"]
-    for stream in (True, False):
-        where = urlsplit(api.url)
-        sock = socket.create_connection((where.hostname, where.port), timeout=DEADLINE_S)
-        body = json.dumps(LONG | {"stream": stream, "n": 100, "temperature": 1}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        sock.sendall(head.encode() + b"\r\n\r\n" + body)
-        until(lambda: metrics(api)["sparseflow_workers_busy"] == 1)
-        sock.close()
-        until(lambda: metrics(api)["sparseflow_workers_busy"] == 0, 20)
+    body = json.dumps(LONG | {"n": 100, "temperature": 1})
+    bodies = [json.dumps(json.loads(body) | {"stream": stream}).encode() for stream in (True, False)]
+    computed = [asking(api, body) for body in bodies]
+    until(lambda: metrics(api)["sparseflow_workers_busy"] == 2)
+    queued = [asking(api, body) for body in bodies]
+    until(lambda: metrics(api)["sparseflow_requests"] == 4)
+    for sockets, n_left in ((queued, 2), (computed, 0)):
+        for sock in sockets:
+            sock.close()
+        until(lambda n_left=n_left: metrics(api)["sparseflow_requests"] == n_left, 20)
+    until(lambda: metrics(api)["sparseflow_workers_busy"] == 0, 20)
     after = metrics(api)
-    assert after["sparseflow_cancelled_requests_total"] == before + 2
-    assert after["sparseflow_requests"] == 0
+    assert after["sparseflow_cancelled_requests_total"] == before + 4
     assert after["sparseflow_worker_restarts_total"] == 0
+
+
+def asking(api: ApiServer, body: bytes) -> socket.socket:
+    """A request that was sent."""
+    sock = begun(api, len(body))
+    sock.sendall(body)
+    return sock
+
+
+def test_client_that_reads_nothing_makes_nothing_grow_and_keeps_its_place(api: ApiServer) -> None:
+    """Its worker waits for it, as far as one minute goes."""
+    front = psutil.Process(api.process.pid)
+    before = front.memory_info().rss
+    many = {"prompt": [5] * 400, "max_tokens": 100, "n": 128, "echo": True, "logprobs": 20, "ignore_eos": True}
+    sock = asking(api, json.dumps(many | {"stream": True}).encode())
+    until(lambda: metrics(api)["sparseflow_requests"] == 1)
+    time.sleep(3)
+    assert metrics(api)["sparseflow_requests"] == 1
+    assert front.memory_info().rss - before < 64 << 20
+    sock.close()
+    until(lambda: metrics(api)["sparseflow_requests"] == 0, 20)
+
+
+def test_what_clients_make_up_makes_no_label(api: ApiServer) -> None:
+    where = urlsplit(api.url)
+    for method, path in (("FOO", "/v1/models"), ("GET", "/made/up"), ("GET", "/v1/models/made-up")):
+        connection = HTTPConnection(where.hostname, where.port, timeout=DEADLINE_S)
+        connection.request(method, path)
+        assert connection.getresponse().status in (404, 405)
+        connection.close()
+    assert not [name for name in metrics(api) if "FOO" in name or "made" in name]
 
 
 def test_metrics_count_what_was_made_and_show_the_weight_server(api: ApiServer) -> None:
@@ -120,9 +152,12 @@ def test_health_says_who_is_there(api: ApiServer) -> None:
 
 
 def test_body_that_is_too_large_is_refused_and_the_next_is_served(api: ApiServer) -> None:
-    with begun(api, 99_999_999) as sock:
-        sock.sendall(b" " * (17 << 20))
+    before = psutil.Process(api.process.pid).memory_info().rss
+    with begun(api, 100 << 20) as sock:
+        for _ in range(100):
+            sock.sendall(b" " * (1 << 20))
         assert b" 413 " in sock.recv(4096).splitlines()[0]
+    assert psutil.Process(api.process.pid).memory_info().rss - before < 64 << 20
     assert text(api)
 
 
@@ -193,6 +228,27 @@ def test_text_that_is_being_made_is_finished_when_the_server_is_told_to_end(star
     connection.close()
     assert api.process.wait(DEADLINE_S) == 0
     api.expect_nothing_left()
+
+
+def test_texts_that_are_not_complete_in_time_end_with_an_error_and_no_worker_is_started(started: Any) -> None:
+    api = started("--workers", 1, "--drain-timeout", 0.5)
+    connection, answer = asked(api, LONG | {"stream": True, "n": 100, "temperature": 1})
+    told = events(answer)
+    next(told)
+    waiting = asking(api, json.dumps(LONG).encode())
+    until(lambda: metrics(api)["sparseflow_requests"] == 2)
+    api.processes()
+    api.process.send_signal(signal.SIGTERM)
+    *_, last = told
+    connection.close()
+    assert last["error"]["code"] == "ending"
+    waiting.settimeout(DEADLINE_S)
+    assert b" 503 " in waiting.recv(4096).splitlines()[0]
+    waiting.close()
+    assert api.process.wait(DEADLINE_S) == 0
+    api.expect_nothing_left()
+    assert "another one is started" not in api.log()
+    assert "Traceback" not in api.log()
 
 
 def test_nothing_is_left_of_a_server_that_is_killed(started: Any) -> None:

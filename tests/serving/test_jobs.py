@@ -11,7 +11,7 @@ from transformers import OPTForCausalLM
 from sparseflow.errors import BadRequest, PromptTooLong
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
 from sparseflow.serving.generation import Generator
-from sparseflow.serving.messages import Begun, Cancelled, Finished, Job, Message, Piece, ScoredToken
+from sparseflow.serving.messages import Alive, Begun, Cancelled, Finished, Job, Message, Piece, ScoredToken
 from sparseflow.utils.tokenizer import tokenizer_of
 
 PROMPT = "In the beginning God created the heaven"
@@ -50,8 +50,8 @@ def run(model: SparseOPTForCausalLM, tokenizer: Any) -> Run:
     return run_job
 
 
-def text_of(told: list[Message], index: int = 0) -> str:
-    return "".join(message.text for message in told if isinstance(message, Piece) and message.index == index)
+def text_of(told: list[Message]) -> str:
+    return "".join(message.text for message in told if isinstance(message, Piece))
 
 
 def tokens_of(told: list[Message]) -> list[ScoredToken]:
@@ -69,7 +69,7 @@ def test_greedy_text_is_that_of_the_dense_model(run: Run, dense: OPTForCausalLM,
     told = run(max_tokens=40)
     assert text_of(told) == tokenizer.decode(expected, skip_special_tokens=True)
     assert told[0] == Begun(1, ids.shape[1], 0)
-    assert end_of(told) == Finished(1, 0, "length", 40)
+    assert end_of(told) == Finished(1, "length", 40)
 
 
 def test_prompt_of_token_ids_is_taken_as_it_is(run: Run, tokenizer: Any) -> None:
@@ -138,7 +138,7 @@ def test_token_that_ends_the_text_is_among_the_scored_ones(run: Run, model: Spar
     told = run(logprobs=1, max_tokens=5, logit_bias={eos: 100.0})
     assert [token.name.text for token in tokens_of(told)] == ["</s>"]
     assert text_of(told) == ""
-    assert end_of(told) == Finished(1, 0, "stop", 1)
+    assert end_of(told) == Finished(1, "stop", 1)
 
 
 @pytest.mark.parametrize("field", [{"ignore_eos": True}, {"min_tokens": 5}])
@@ -156,13 +156,38 @@ def test_text_ends_before_a_stop_string_wherever_tokens_end(run: Run) -> None:
         assert all(token.offset < len(text_of(told)) for token in tokens_of(told))
 
 
-def test_seed_decides_the_text_and_choices_differ(run: Run) -> None:
+def test_seed_and_index_decide_the_text(run: Run) -> None:
     how = {"temperature": 1.0, "max_tokens": 20, "seed": 11}
-    both = run(**how, n=2)
-    assert text_of(both, 0) == text_of(run(**how))
-    assert text_of(both, 1) == text_of(run(**how | {"seed": 12}))
-    assert text_of(both, 0) != text_of(both, 1)
+    first, second = text_of(run(**how)), text_of(run(**how, index=1))
+    assert first != second
+    assert text_of(run(**how)) == first
+    assert text_of(run(**how | {"seed": 12})) == second
     assert text_of(run(temperature=1.0, max_tokens=20)) != text_of(run(temperature=1.0, max_tokens=20))
+
+
+def test_every_step_is_told_of_even_where_there_is_nothing_to_show(run: Run) -> None:
+    """Whoever waits takes silence for a worker that is stuck."""
+    told = run(prompt=[5] * 500, max_tokens=4, stop=["never to be seen"])
+    assert len([message for message in told if isinstance(message, Alive | Piece)]) >= 1 + 4
+
+
+def test_generated_text_is_no_part_of_a_prompt_that_ends_in_half_a_character(run: Run, tokenizer: Any) -> None:
+    half = tokenizer(PROMPT + " 🙂").input_ids[:-1]
+    assert PROMPT not in text_of(run(prompt=half, max_tokens=5))
+    assert text_of(run(prompt=half, max_tokens=5, echo=True)).count(PROMPT) == 1
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{{ messages[0].content.nothing.at_all }}", "{% if %}"]
+)
+def test_error_of_a_chat_template_is_a_bad_request(
+    model: SparseOPTForCausalLM, tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(BadRequest, match="the chat template refuses them"):
+        Generator(model, tokenizer).run(
+            Job(1, messages=[{"role": "user", "content": "a"}]), lambda message: None, lambda: False
+        )
 
 
 def test_nothing_is_left_of_what_one_job_asked_for(run: Run) -> None:

@@ -1,8 +1,10 @@
 """The pool on real processes that compute nothing: who waits, who is told what, and who takes the place of the dead."""
 
 import asyncio
+import errno
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -35,7 +37,10 @@ def run_test(test: Callable[[], Awaitable[None]]) -> None:
     before = me.num_fds(), me.num_threads()
     asyncio.run(limited())
     assert not me.children()
-    assert (me.num_fds(), me.num_threads()) == before
+    deadline = time.monotonic() + 5  # asyncio waits for a process in a thread, which ends a moment after it
+    while (after := (me.num_fds(), me.num_threads())) != before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert after == before
 
 
 @asynccontextmanager
@@ -254,6 +259,77 @@ def test_worker_that_does_not_begin_is_one_error(arguments: dict[str, Any], time
         pool = Pool(partial(WorkerProcess.start, arguments, timeout_s, DEADLINE_S, PROGRAM), 2, 0, DEADLINE_S)
         with pytest.raises(ServerError, match=text):
             await pool.open()
+
+    run_test(test)
+
+
+def test_system_that_refuses_a_process_is_asked_again() -> None:
+    async def test() -> None:
+        async with opened(1) as pool:
+            right, fails = pool._start, iter([True])
+
+            async def start() -> WorkerProcess:
+                if next(fails, False):
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return await right()
+
+            pool._start = start
+            os.kill(pool.pids[0], signal.SIGKILL)
+            await until(lambda: pool.n_alive == 0)
+            assert await said(pool, "say a") == "a"
+
+    run_test(test)
+
+
+def test_job_that_cannot_be_sent_leaves_its_worker_free() -> None:
+    async def test() -> None:
+        async with opened(1) as pool:
+            with pytest.raises(UnicodeEncodeError):
+                await said(pool, "\ud800")
+            assert await said(pool, "say a") == "a"
+            assert pool.n_restarts == 0
+
+    run_test(test)
+
+
+def test_pool_that_is_closed_while_it_opens_leaves_no_worker() -> None:
+    async def test() -> None:
+        arguments = iter([{}, {"begins": "late"}])
+
+        async def start() -> WorkerProcess:
+            return await WorkerProcess.start(next(arguments), DEADLINE_S, DEADLINE_S, PROGRAM)
+
+        pool = Pool(start, 2, 0, DEADLINE_S)
+        opening = asyncio.create_task(pool.open())
+        await until(lambda: pool.n_alive == 1)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    run_test(test)
+
+
+def test_nothing_is_started_once_the_pool_is_closed() -> None:
+    async def test() -> None:
+        async with opened(2) as pool:
+            started: list[None] = []
+            right = pool._start
+
+            async def start() -> WorkerProcess:
+                started.append(None)
+                return await right()
+
+            pool._start = start
+            running = await begun(pool, "wait")
+            os.kill(pool.pids[0], signal.SIGKILL)
+            await pool.close()
+            with pytest.raises(ApiError):
+                await running
+            n_started = len(started)
+            await asyncio.sleep(0.3)
+            assert len(started) == n_started
+            with pytest.raises(ApiError, match="ending"):
+                await said(pool, "say a")
 
     run_test(test)
 

@@ -22,7 +22,7 @@ def chat_job(**fields: Any) -> Job:
 def test_defaults_are_those_of_openai() -> None:
     (job,) = jobs(prompt="a")
     assert job == Job(1, prompt="a", max_tokens=16)
-    assert (job.temperature, job.top_p, job.n, job.logprobs, job.echo) == (1.0, 1.0, 1, None, False)
+    assert (job.temperature, job.top_p, job.logprobs, job.echo) == (1.0, 1.0, None, False)
     assert chat_job().max_tokens is None
 
 
@@ -39,6 +39,38 @@ def test_defaults_are_those_of_openai() -> None:
 def test_prompts_of_every_form_make_a_job_each(prompt: Any, expected: list[Any]) -> None:
     assert [job.prompt for job in jobs(prompt=prompt)] == expected
     assert [job.id for job in jobs(prompt=prompt)] == list(range(1, len(expected) + 1))
+
+
+def test_every_choice_of_every_prompt_is_a_job() -> None:
+    found = jobs(prompt=["a", "b"], n=3)
+    assert [(job.prompt, job.index) for job in found] == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
+    assert [job.id for job in found] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("name", ["n", "temperature", "max_tokens", "stream", "echo", "stop", "seed", "logit_bias"])
+def test_null_is_what_is_not_given(name: str) -> None:
+    assert jobs(prompt="a", **{name: None}) == jobs(prompt="a")
+
+
+def test_fields_that_no_text_depends_on_are_taken() -> None:
+    common = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "x"}
+    assert jobs(prompt="a", prompt_cache_key="k", **common) == jobs(prompt="a")
+    assert chat_job(tools=[], parallel_tool_calls=True, **common) == chat_job()
+    assert chat_job(messages=[{"role": "assistant", "content": None}]).messages == [
+        {"role": "assistant", "content": ""}
+    ]
+    assert jobs(prompt="a", top_k=-1) == jobs(prompt="a")
+
+
+def test_list_with_wrong_items_costs_no_time() -> None:
+    """An error for each of them would."""
+    for prompt in ([1.5] * 1_000_000, [[1.5]] * 200, ["a"] * 255 + [1.5]):
+        with pytest.raises(ValidationError) as refused:
+            CompletionRequest(prompt=prompt)
+        assert len(refused.value.errors()) < 10
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest(prompt="a", logit_bias={f"x{n}": 1 for n in range(100_000)})
+    assert len(refused.value.errors()) == 1
 
 
 def test_stop_is_one_or_several() -> None:
@@ -83,6 +115,17 @@ def test_chat_is_told_as_templates_take_it() -> None:
         ({"prompt": "a", "suffix": "z"}, "suffix"),
         ({"prompt": "a", "temprature": 1}, "temprature"),
         ({"prompt": "a", "seed": 1.5}, "seed"),
+        ({"prompt": "a", "seed": 2**64}, "seed"),
+        ({"prompt": [2**64]}, "prompt"),
+        ({"prompt": "a", "max_tokens": 2**64}, "max_tokens"),
+        ({"prompt": "a", "min_tokens": 2**64}, "min_tokens"),
+        ({"prompt": "a", "top_k": 2**64}, "top_k"),
+        ({"prompt": "a", "logit_bias": {str(2**64): 1}}, "logit_bias"),
+        ({"prompt": "a", "repetition_penalty": 1e-320}, "repetition_penalty"),
+        ({"prompt": "a\ud800"}, "lone surrogate"),
+        ({"prompt": ["a", "\ud800"]}, "lone surrogate"),
+        ({"prompt": "a", "stop": "\ud800"}, "lone surrogate"),
+        ({"prompt": "a", "stop": ["\ud800"]}, "lone surrogate"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
         ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias"),
     ],
@@ -99,7 +142,10 @@ def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], said: 
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "content"),
         ({"top_logprobs": 2}, "logprobs=true"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "one thing"),
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"messages": [{"role": "\ud800", "content": "a"}]}, "role"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
+        ({"messages": [{"role": "user", "content": "a"}] * 4097}, "4096"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )

@@ -17,7 +17,7 @@ def fresh_logits() -> Tensor:
 
 
 def sampler(index: int = 0, prompt: tuple[int, ...] = (1, 2), eos: tuple[int, ...] = (0,), **fields: Any) -> Sampler:
-    return Sampler(Job(1, **fields), index, prompt, eos)
+    return Sampler(Job(1, index, **fields), prompt, eos)
 
 
 def shares(logits: Tensor, n: int = 4000, **fields: Any) -> Tensor:
@@ -34,6 +34,12 @@ def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
     expected = (logits / temperature).softmax(-1)
     error = (expected * (1 - expected) / 4000).sqrt()
     assert bool(((shares(logits, temperature=temperature) - expected).abs() < 5 * error + 1e-3).all())
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-320])
+def test_temperature_of_almost_0_is_0(temperature: float) -> None:
+    logits = fresh_logits()
+    assert sampler(temperature=temperature).choose(logits) == int(logits.argmax())
 
 
 def test_temperature_0_is_the_likeliest_token() -> None:

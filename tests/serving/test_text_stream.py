@@ -15,6 +15,7 @@ from sparseflow.serving.token_names import TokenNames
 
 TOKENIZER: Any = AutoTokenizer.from_pretrained(Path(sparseflow.__file__).parent / "assets" / "demo_model")
 TEXTS = st.one_of(st.text(max_size=12), st.text("abé☃ 🙂", max_size=12))
+WHOLE = TEXTS.map(lambda text: TOKENIZER(text).input_ids)  # characters
 IDS = st.one_of(
     st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=20),
     TEXTS.map(lambda text: TOKENIZER(text, add_special_tokens=False).input_ids),
@@ -22,19 +23,21 @@ IDS = st.one_of(
 
 
 def whole_text(ids: list[int], stop: list[str]) -> str:
-    """The slow twin: decoded anew for each token, until a stop string is complete."""
+    """The slow twin: decoded anew for each token, until a stop string is complete: the one that ends first."""
     text = ""
     for n_tokens in range(len(ids) + 1):
         text = TOKENIZER.decode(ids[:n_tokens], skip_special_tokens=True)
-        if found := [text.index(word) for word in stop if word in text]:
-            return text[: min(found)]
+        if found := [(text.index(word) + len(word), text.index(word)) for word in stop if word in text]:
+            return text[: min(found)[1]]
     return text
 
 
 @settings(max_examples=300, deadline=None)
-@given(IDS, st.lists(st.text("abé☃ 🙂e", min_size=1, max_size=3), max_size=3))
-def test_pieces_are_the_whole_text_before_its_first_stop_string(ids: list[int], stop: list[str]) -> None:
-    stream, shown = TextStream(TOKENIZER, [2], stop), ""
+@given(WHOLE, IDS, st.lists(st.text("abé☃ 🙂e", min_size=1, max_size=3), max_size=3))
+def test_pieces_are_the_whole_text_before_its_first_stop_string(
+    prompt: list[int], ids: list[int], stop: list[str]
+) -> None:
+    stream, shown = TextStream(TOKENIZER, prompt, stop), ""
     for token_id in ids:
         shown += stream.push(token_id, None).text
         if stream.is_stopped:
@@ -69,12 +72,13 @@ def test_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
     assert "".join(shown) + stream.finish().text == "the enough"
 
 
-def test_half_a_character_is_not_shown() -> None:
-    ids = TOKENIZER("🙂", add_special_tokens=False).input_ids
-    assert len(ids) > 1
-    stream = TextStream(TOKENIZER, [], [])
-    shown = [stream.push(token_id, None).text for token_id in ids]
-    assert shown == [""] * (len(ids) - 1) + ["🙂"]
+def test_the_stop_string_that_ends_first_counts_in_one_token_too() -> None:
+    """`had` comes in one token: it ends with the longer one, which begins earlier."""
+    ids = TOKENIZER(" had", add_special_tokens=False).input_ids
+    assert len(ids) == 1
+    stream = TextStream(TOKENIZER, [2], ["had", "a"])
+    assert stream.push(ids[0], None).text + stream.finish().text == " h"
+    assert stream.is_stopped
 
 
 def test_names_of_all_tokens_differ_and_give_their_bytes() -> None:
