@@ -27,7 +27,7 @@ _LAST_STEP_S = 5.0  # how long a step may go on after the front has gone
 _STATUS_OF_CODE = {"bad_request": 400, "arena_busy": 503, "draining": 503, "not_permitted": 403}
 
 
-class Front:
+class JobSocket:
     """The worker's side of the socket: a thread that reads, so that a cancellation is heard during a job."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -76,7 +76,7 @@ class Front:
         timer.start()
 
 
-def serve_jobs(front: Front, generator: Any) -> None:
+def serve_jobs(front: JobSocket, generator: Any) -> None:
     """Run jobs until the front goes. Each ends with exactly one Done or Failed.
 
     Args:
@@ -125,7 +125,7 @@ def main() -> int:
         return 1
     generator = Generator(model, tokenizer)
     generator.run(Job(0, prompt=[0, 0], max_tokens=1), lambda message: None, lambda: False)  # kernels are compiled
-    front = Front(sock)
+    front = JobSocket(sock)
     front.tell(
         Ready(
             os.getpid(),

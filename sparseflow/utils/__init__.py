@@ -1,1 +1,1 @@
-"""Small helpers around torch."""
+"""Small helpers that know nothing of the rest: sizes, logs, bars, command lines, text of tokens, memory."""

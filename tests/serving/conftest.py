@@ -1,4 +1,4 @@
-"""A model that has a chat template, and an API server of it that the tests of a module share."""
+"""A model that has a chat template, and an API server of it that tests share."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def chat_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def api(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """Two workers and a weight server; they are shared, so no test may harm them. At the end nothing is left."""
     server = ApiServer(tmp_path_factory.mktemp("api"), chat_model, "--workers", 2)

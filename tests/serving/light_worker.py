@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sparseflow.errors import BadRequest
 from sparseflow.serving.messages import Begun, Cancelled, Finished, Job, Message, Piece, Ready
-from sparseflow.serving.worker import Front, serve_jobs
+from sparseflow.serving.worker import JobSocket, serve_jobs
 
 
 class Scripted:
@@ -42,7 +42,7 @@ def main() -> None:
         sys.exit(3)
     if arguments.get("begins") == "late":
         time.sleep(1000)
-    front = Front(socket.socket(fileno=int(sys.argv[1])))
+    front = JobSocket(socket.socket(fileno=int(sys.argv[1])))
     front.tell(Ready(os.getpid(), "scripted", "exact", 100, 9, False))
     serve_jobs(front, Scripted())
 
