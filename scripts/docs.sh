@@ -3,5 +3,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 out=${1:-$root/build/docs}
-python "$root/docs/reference.py" "$out"
+python "$root/scripts/reference.py" "$out"
 echo "$out/index.html"

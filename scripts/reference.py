@@ -1,5 +1,6 @@
-"""The API reference, from docstrings: `python docs/reference.py OUT [MODULE ...]`, by default of both packages."""
+"""The API reference, from docstrings: `python scripts/reference.py OUT [MODULE ...]`, by default of both packages."""
 
+import argparse
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,15 @@ def write_reference(folder: Path, modules: Sequence[str] = PACKAGES) -> None:
         pdoc.pdoc(*modules, output_directory=folder)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder for the pages")
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="what to document; both packages if none is named")
+    arguments = parser.parse_args(argv)
+    write_reference(arguments.out, arguments.modules or PACKAGES)
+    return 0
+
+
 if __name__ == "__main__":
-    out, *named = sys.argv[1:]
-    write_reference(Path(out), named or PACKAGES)
+    sys.exit(main())

@@ -13,6 +13,7 @@ _MODEL = {
     "layers": 3,
     "is_resident": False,
     "nbytes": {"arena": 5000, "dense": 700},
+    "n_sessions": 1,
     "n_slots": 50,
     "n_resident": 40,
     "fetch_limit": 5,

@@ -1,6 +1,8 @@
 """What the pages beside the README show works as it is written there, and what they name exists."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from sparseflow.errors import ServerNotRunning
 from sparseflow.protocol.inquiry import ask_status
 
 LANGUAGES = {"python", "bash", "console", "sh", "ini", "json", "text"}
+WITH_PROSE = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 OF_OTHERS = {"--pid", "--ulimit"}  # options of Docker
 
 
@@ -141,6 +144,59 @@ def test_commands_that_cannot_run_here_have_only_options_that_exist(page: Path) 
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, words
 
 
+def lenient(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same words, whatever their values are, and none that must be there: prose leaves out what it is not about."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                lenient(below)
+            continue
+        if action.nargs in (None, "+"):
+            action.nargs = "?" if action.nargs is None else "*"
+        action.type, action.choices, action.required = None, None, False
+    for group in parser._mutually_exclusive_groups:
+        group.required = False
+    return parser
+
+
+def wrong_words(command: str) -> str:
+    """What is wrong with a command that prose names; empty where nothing is."""
+    name, *words = shlex.split(command)
+    parser = lenient(daemon.build_parser() if name == "sparseflow-daemon" else build_parser())
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            unknown = parser.parse_known_args([word for word in words if word != "..."])[1]
+        except SystemExit:
+            return said.getvalue()
+    return " ".join(unknown)
+
+
+@pytest.mark.parametrize("page", WITH_PROSE, ids=lambda page: str(page)[-24:])
+def test_commands_that_prose_names_have_the_options_that_they_are_given(page: Path) -> None:
+    found = [" ".join(code.split()) for code in re.findall(r"`(sparseflow(?:-daemon)? [^`]+)`", prose_of(page))]
+    assert {command: wrong for command in found if (wrong := wrong_words(command))} == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "is_right"),
+    [
+        ("sparseflow verify", True),
+        ("sparseflow bench CHECKPOINT --store store --limit 2GiB --cases sparseflow sparseflow:io=buffered", True),
+        ("sparseflow generate STORE ... --device cuda --device-memory SIZE", True),
+        ("sparseflow trace replay TRACE --budgets", True),
+        ("sparseflow-daemon STORE STORE ... --name NAME", True),
+        ("sparseflow verify STORE --full", False),
+        ("sparseflow verify STORE STORE", False),
+        ("sparseflow verity STORE", False),
+        ("sparseflow trace replay TRACE --detach", False),
+        ("sparseflow-daemon STORE --server NAME", False),
+    ],
+)
+def test_words_that_a_command_does_not_have_are_found(command: str, is_right: bool) -> None:
+    assert (wrong_words(command) == "") is is_right
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_options_that_are_named_exist(page: Path) -> None:
     known = options(daemon.build_parser()).union(*map(options, subcommands().values()), OF_OTHERS)
@@ -155,9 +211,7 @@ def test_every_block_says_how_it_is_tried(page: Path) -> None:
             json.loads(block.code)
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page)[-24:]
-)
+@pytest.mark.parametrize("page", WITH_PROSE, ids=lambda page: str(page)[-24:])
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
         path, _, anchor = target.partition("#")

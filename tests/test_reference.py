@@ -18,7 +18,7 @@ from pathlib import Path
 warnings.simplefilter("error", UserWarning)  # pdoc's are
 write_reference(Path(sys.argv[2]), sys.argv[3:])
 """
-DOCS = Path(__file__).parents[1] / "docs"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 DOCUMENTED = sorted(name for name in sparseflow.__all__ if not name.startswith("_"))
 
 
@@ -26,7 +26,7 @@ DOCUMENTED = sorted(name for name in sparseflow.__all__ if not name.startswith("
 def front_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """HTML of the package itself; its parts have pages of their own."""
     folder = tmp_path_factory.mktemp("reference")
-    run_python(WRITE, DOCS, folder, "sparseflow", r"!sparseflow\.", timeout_s=120)
+    run_python(WRITE, SCRIPTS, folder, "sparseflow", r"!sparseflow\.", timeout_s=120)
     return (folder / "sparseflow.html").read_text(encoding="utf-8")
 
 
@@ -66,7 +66,7 @@ def test_fields_of_the_settings_are_there_with_what_they_mean(front_page: str) -
 
 @pytest.mark.slow
 def test_whole_reference_is_made_without_a_warning(tmp_path: Path) -> None:
-    run_python(WRITE, DOCS, tmp_path, "sparseflow", "sparseflow_daemon", timeout_s=600)
+    run_python(WRITE, SCRIPTS, tmp_path, "sparseflow", "sparseflow_daemon", timeout_s=600)
     pages = {page.relative_to(tmp_path).as_posix() for page in tmp_path.rglob("*.html")}
     assert {
         "index.html",

@@ -4,9 +4,10 @@ import fcntl
 import os
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
-from sparseflow.errors import ServerError
+from sparseflow.errors import DiskError, ServerError, SparseFlowError
 from sparseflow.protocol.run_directory import RunDirectory, require_private, runtime_dir
 
 _ATTEMPTS = 1000  # the folder can vanish under us each time another server ends
@@ -21,7 +22,7 @@ class Claim:
         """Take the directory; what a dead server left in it is removed.
 
         Raises:
-            ServerError: a living server has it. NotPermitted: others can write there.
+            ServerError: a living server has it. NotPermitted: others can write there. DiskError: it cannot be made.
         """
         self.directory = directory
         self._refused_from_s = time.monotonic() + _PATIENCE_S
@@ -39,8 +40,7 @@ class Claim:
 
     def _lock(self) -> int | None:
         """The locked file's descriptor; None where the file was removed meanwhile."""
-        runtime_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_private(runtime_dir())
+        _make_runtime_dir()
         path = self.directory.path
         try:
             with suppress(FileExistsError):  # not Path.mkdir's exist_ok: it fails if the folder vanishes meanwhile
@@ -49,6 +49,10 @@ class Claim:
             fd = os.open(self.directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:
             return None
+        except SparseFlowError:
+            raise
+        except OSError as error:
+            raise _cannot_make(path, error) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(fd), os.stat(self.directory.lock)):
@@ -80,3 +84,16 @@ class Claim:
                 directory.path.rmdir()
             os.close(self._fd)
             self._fd = -1
+
+
+def _make_runtime_dir() -> None:
+    folder = runtime_dir()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_make(folder, error) from error
+    require_private(folder)
+
+
+def _cannot_make(path: Path, error: OSError) -> DiskError:
+    return DiskError(f"{path}: cannot be made ({error.strerror}); set SPARSEFLOW_RUNTIME_DIR to a folder of your own")

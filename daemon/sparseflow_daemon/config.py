@@ -9,7 +9,7 @@ from sparseflow.engine.reading import require_io
 from sparseflow.errors import BadRequest
 from sparseflow.utils.logs import LOG_FORMATS
 
-_LAST_PORT = 65535
+LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ServerConfig:
             raise BadRequest(f"gpu_timeout_s={self.gpu_timeout_s}: give seconds, more than 0")
         if self.share_dense_gpu is not None and self.share_dense_gpu < 0:
             raise BadRequest(f"share_dense_gpu={self.share_dense_gpu}: give a GPU's number, 0 or more")
-        if self.metrics_port is not None and not 0 <= self.metrics_port <= _LAST_PORT:
-            raise BadRequest(f"metrics_port={self.metrics_port}: give a port up to {_LAST_PORT}, or 0 for any free one")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= LAST_PORT:
+            raise BadRequest(f"metrics_port={self.metrics_port}: give a port up to {LAST_PORT}, or 0 for any free one")
         if self.log_format not in LOG_FORMATS:
             raise BadRequest(f"log_format={self.log_format!r}: one of {', '.join(LOG_FORMATS)}")

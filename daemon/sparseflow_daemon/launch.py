@@ -5,9 +5,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from sparseflow.errors import ServerError
+from sparseflow.errors import DiskError, ServerError
 from sparseflow.protocol.inquiry import ask_status
 from sparseflow.protocol.run_directory import RunDirectory
 from sparseflow.utils.home import sparseflow_home
@@ -27,11 +27,11 @@ def launch(arguments: Sequence[str], name: str, timeout_s: float = 600.0) -> dic
     Returns its status.
 
     Raises:
+        DiskError: no log can be written.
         ServerError: it ended, or is not ready in time (then it is ended), or degraded.
     """
     directory, log = RunDirectory.of(name), log_path(name)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as output:
+    with _open_log(log) as output:
         begin = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "sparseflow_daemon", *arguments],
@@ -45,6 +45,16 @@ def launch(arguments: Sequence[str], name: str, timeout_s: float = 600.0) -> dic
     except BaseException:  # Ctrl-C too
         process.terminate()
         raise
+
+
+def _open_log(log: Path) -> BinaryIO:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return open(log, "ab")
+    except OSError as error:
+        raise DiskError(
+            f"{log}: cannot be written ({error.strerror}); set SPARSEFLOW_HOME to a folder of your own"
+        ) from error
 
 
 def _when_ready(

@@ -4,6 +4,7 @@ One connection at a time, each with a deadline: whoever is slow holds up who rea
 a session needs.
 """
 
+import errno
 import io
 import logging
 import socket
@@ -39,7 +40,7 @@ class MetricsEndpoint:
             ask: gives its status, or raises, within a deadline.
 
         Raises:
-            BadRequest: no such host. ServerError: the port cannot be had.
+            BadRequest: no such host, or not this one. ServerError: the port cannot be had.
         """
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -48,6 +49,10 @@ class MetricsEndpoint:
         try:
             self._http = _Server(family, (str(address[0]), int(address[1])))
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise BadRequest(
+                    f"--metrics-host {host}: this machine has no such address; give an address of this machine"
+                ) from error
             raise ServerError(
                 f"--metrics-port {port} of {host} cannot be had ({error.strerror}); choose another, or 0 for any that "
                 "is free"

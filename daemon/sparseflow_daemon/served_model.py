@@ -183,7 +183,15 @@ def open_models(config: ServerConfig) -> dict[str, ServedModel]:
     fixed = [fixed_nbytes(manifest) for manifest in manifests]
     neurons = [manifest.nbytes_under("neurons/") for manifest in manifests]
     allowed = int(free_memory() * AUTO_SHARE) if config.memory == "auto" else parse_size(config.memory)
-    rest = max(0, allowed - sum(fixed))
+    rest = allowed - sum(fixed)
+    if rest < 0:
+        what, remedy = (
+            ("free are", "free some") if config.memory == "auto" else ("allowed are", "allow more (--memory)")
+        )
+        raise NotEnoughMemory(
+            f"{format_size(sum(fixed))} must be resident beside the neurons, {what} {format_size(allowed)}; {remedy}, "
+            "or serve smaller models or fewer"
+        )
     models: dict[str, ServedModel] = {}
     for n, (store, manifest) in enumerate(zip(config.stores, manifests, strict=True)):
         model = ServedModel(store, manifest, max(1, fixed[n] + rest * neurons[n] // sum(neurons)), config)

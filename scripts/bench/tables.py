@@ -1,4 +1,4 @@
-"""The tables and figures of speed in README.md and RESULTS.md, from the results that `reproduce.sh` and `gpu.py` have written.
+"""The tables and figures of speed of README.md and RESULTS.md, from what `reproduce.sh` and `gpu.py` have written.
 
 python scripts/bench/tables.py            # print them
 python scripts/bench/tables.py --write    # put them into the pages, each between its two marks; and draw the figures

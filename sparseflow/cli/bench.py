@@ -5,6 +5,7 @@ included, and reads cold. The first case is what the others are compared with.
 """
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -15,9 +16,12 @@ from sparseflow.bench.cases import PARTIAL, Case
 from sparseflow.bench.child import PEERS
 from sparseflow.bench.memory_cgroup import GroupParent, NoMemoryGroupError, find_group_parent
 from sparseflow.bench.runs import DEMO_MODEL, Bench, Conditions
-from sparseflow.cli.arguments import add_quiet, model_path, number, size
+from sparseflow.cli.arguments import add_quiet, model_path, require_model_path, require_place, size_or_auto
 from sparseflow.core.checkpoint import locate, model_name
 from sparseflow.errors import BadRequest
+from sparseflow.store.manifest import is_store
+from sparseflow.store.profile import DTYPE_NBYTES
+from sparseflow.utils.parsing import number, size
 from sparseflow.utils.progress import waiting
 from sparseflow.utils.sizes import SIZE_FORMS, parse_size
 
@@ -29,6 +33,7 @@ examples:
   sparseflow bench CHECKPOINT --store STORE --limit 2.15GiB --cases device_map sparseflow:fidelity=certified,io=map
 """
 
+_log = logging.getLogger(__name__)
 _UNLIMITED = ["transformers", "sparseflow:fidelity=dense", "sparseflow"]
 _LIMITED = ["device_map", PARTIAL, "sparseflow:fidelity=dense", "sparseflow"]
 
@@ -73,6 +78,7 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=size, metavar="SIZE", help=f"of each run, with page cache: {SIZE_FORMS}")
     group.add_argument(
         "--memory",
+        type=size_or_auto,
         metavar="SIZE",
         help="for SparseFlow's weights, or auto; without, what --limit and --reserve leave, or auto",
     )
@@ -87,9 +93,14 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=number(int, 1), default=len(os.sched_getaffinity(0)), metavar="N", help="of each run"
     )
-    group.add_argument("--dtype", metavar="DTYPE", help="of peers that can choose; without, as in the checkpoint")
-    group.add_argument("--seed", type=int, default=1, metavar="N", help="of prompt and tokens")
-    group.add_argument("--deadline-s", type=float, default=900, metavar="SECONDS", help="of each run")
+    group.add_argument(
+        "--dtype",
+        choices=tuple(DTYPE_NBYTES),
+        metavar="DTYPE",
+        help=f"of peers that can choose: {', '.join(DTYPE_NBYTES)}; without, as in the checkpoint",
+    )
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1, metavar="N", help="of prompt and tokens")
+    group.add_argument("--deadline-s", type=number(float, 1), default=900, metavar="SECONDS", help="of each run")
     group.add_argument(
         "--partial-layers",
         type=number(int, 1),
@@ -100,14 +111,22 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse paths that cannot be, and a figure where none can be drawn."""
+    from sparseflow.evaluation.plot import require_plotting
+
+    require_model_path(arguments.model)
+    for path in filter(None, (arguments.csv, arguments.plot)):
+        require_place(path)
+    if arguments.plot is not None:
+        require_plotting()
+
+
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Print a table, or with --json one object."""
     from sparseflow.bench.benchmark import run_benchmark
     from sparseflow.bench.report import format_conditions, format_table, write_files
-    from sparseflow.evaluation.plot import require_plotting
 
-    if arguments.plot is not None:
-        require_plotting()
     cases = arguments.cases or [Case.parse(text) for text in (_LIMITED if arguments.limit else _UNLIMITED)]
     checkpoint = _checkpoint(arguments.model, cases)
     with tempfile.TemporaryDirectory(prefix="sparseflow-bench-") as scratch:
@@ -151,7 +170,7 @@ def _group_parent(limit: int | None) -> GroupParent | None:
     try:
         return find_group_parent()
     except NoMemoryGroupError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        _log.warning(error)
         return None
 
 
@@ -165,13 +184,20 @@ def _converted(arguments: argparse.Namespace, scratch: Path) -> Path:
     with waiting(f"converting {arguments.model}", quiet=arguments.quiet):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BadRequest(f"{arguments.model} cannot be converted: {done.stderr.strip()}")
+        raise BadRequest(f"{arguments.model} cannot be converted: {_reason(done.stderr)}")
     return store
+
+
+def _reason(said: str) -> str:
+    """What a command's error line says, without who says it."""
+    return (said.strip().splitlines() or ["it says nothing"])[-1].removeprefix("sparseflow: error: ")
 
 
 def _checkpoint(name: str, cases: Sequence[Case]) -> Path:
     """Its folder; one of the hub is downloaded, if it has to be."""
     folder = locate(name)
+    if is_store(folder):
+        raise BadRequest(f"{folder}: is a store; give the checkpoint that it was made from, and this as --store")
     kinds = ["safetensors"] if any(case.peer == PARTIAL for case in cases) else ["safetensors", "bin"]
     if not (folder / "config.json").is_file() or not any(list(folder.glob(f"*.{kind}")) for kind in kinds):
         wanted = " or ".join(f"*.{kind}" for kind in kinds)

@@ -7,11 +7,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseflow.cli.arguments import MODEL_HELP, add_dtype, add_memory, add_quiet, model_path, number
+from sparseflow.cli.arguments import MODEL_HELP, add_dtype, add_memory, add_quiet, model_path, require_model_path
+from sparseflow.utils.parsing import number
+from sparseflow.utils.tokenizer import require_texts
 
 if TYPE_CHECKING:
     from sparseflow.store.calibration import Calibration
     from sparseflow.store.profile import ModelProfile
+
+
+LOADS = "sparseflow.calibration.calibrate"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, nargs="+", required=True, metavar="FILE", help="files of text like that to be generated"
     )
     parser.add_argument(
-        "--recall", type=float, default=0.99, metavar="SHARE", help="of the active neurons, that shall be found"
+        "--recall",
+        type=number(float, 0, 1),
+        default=0.99,
+        metavar="SHARE",
+        help="of the active neurons, that shall be found",
     )
-    parser.add_argument("--tokens", type=number(int, 1), metavar="N", help="at most so many of the text; without, all")
+    parser.add_argument(
+        "--tokens",
+        type=number(int, 1),
+        metavar="N",
+        help="at most so many of the text, in whole windows, of which it takes two; without, all",
+    )
     parser.add_argument(
         "--window", type=number(int, 2), default=256, metavar="N", help="tokens that attend to each other"
     )
@@ -39,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_memory(parser)
     add_dtype(parser)
     add_quiet(parser)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse paths that cannot be."""
+    require_texts(arguments.text)
+    require_model_path(arguments.store)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:

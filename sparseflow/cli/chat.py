@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparseflow.cli.conversation import Conversation
     from sparseflow.cli.running import Run
 
+LOADS = "sparseflow.cli.conversation"
 EXAMPLES = """\
 examples:
   sparseflow chat STORE --temperature 0.7
@@ -46,9 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(prints_json_itself=True)
 
 
+check = require_opening
+
+
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Answer line after line; with --json one object for each. Not ok where one could not be answered."""
-    require_opening(arguments)
     from sparseflow.cli.conversation import Conversation
     from sparseflow.cli.knobs import warn_of_idle_knobs
     from sparseflow.cli.placement import placement_of, show_placement
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         conversation = Conversation(model, tokenizer_of(model.source.model_files), arguments.system)
         placement = placement_of(model, arguments)
         if not (arguments.json or arguments.quiet):
-            show_placement(placement)
+            show_placement(placement, arguments.log_format)
         warn_of_idle_knobs(arguments, placement)
         if not (conversation.has_template or arguments.quiet):
             _say(_NO_TEMPLATE)

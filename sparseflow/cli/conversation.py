@@ -1,13 +1,11 @@
 """A conversation with a model: its text so far, with keys and values, so that only new tokens are computed."""
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
-
-from transformers import DynamicCache
 
 from sparseflow.cli.running import Run, Show, continue_ids, ends_of_text
 from sparseflow.errors import BadRequest, PromptTooLong
+from sparseflow.models.kv_prefix import KVPrefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +31,7 @@ class Conversation:
             )
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.n_positions: int = model.config.max_position_embeddings
+        self._kept = KVPrefix(model.config)
         self.reset()
 
     def reset(self) -> None:
@@ -41,7 +40,7 @@ class Conversation:
         self._ids: list[int] = []
         self._text = ""
         """Of `_ids`, with a template."""
-        self._forget()
+        self._kept.forget()
 
     @property
     def n_tokens(self) -> int:
@@ -76,7 +75,7 @@ class Conversation:
                 f"with this line the conversation has {len(ids)} tokens, the model has {self.n_positions} positions; "
                 "say less, or begin a new one with /reset"
             )
-        n_known = self._keep_beginning(ids)
+        n_known = self._kept.keep(ids)
         try:
             run = continue_ids(
                 self._model,
@@ -86,28 +85,17 @@ class Conversation:
                 stops=stops,
                 is_interrupted=is_interrupted,
                 quiet=quiet,
-                past_key_values=self._cache,
+                past_key_values=self._kept.cache,
                 max_new_tokens=min(max_new_tokens, room),
                 **sampling,
             )
         except BaseException:
-            self._forget()  # layers may hold different numbers of tokens
+            self._kept.forget()  # layers may hold different numbers of tokens
             raise
+        self._kept.note(ids + run.token_ids)
         self._note(line, ids, text, run)
         run.prompt_tokens = len(ids) - n_known
         return run
-
-    def _forget(self) -> None:
-        self._cache = DynamicCache(config=self._model.config)
-
-    def _keep_beginning(self, ids: Sequence[int]) -> int:
-        """Of the cache, keep what these tokens begin with; its length. The last token is always computed."""
-        pairs = zip(ids[:-1], self._ids[: self._cache.get_seq_length()], strict=False)
-        n_known = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        if n_known < self._cache.get_seq_length():
-            for layer in self._cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, :n_known], layer.values[:, :, :n_known]
-        return n_known
 
     def _continued(self, line: str) -> list[int]:
         """Without a template: the line stands in a line of its own behind what was said."""

@@ -6,8 +6,9 @@ A conversion that was stopped goes on where it was when the same command is run 
 import argparse
 from pathlib import Path
 
-from sparseflow.cli.arguments import add_dtype, add_quiet, model_path
+from sparseflow.cli.arguments import add_dtype, add_quiet, model_path, require_model_path
 
+LOADS = "sparseflow.core.converter"
 EXAMPLES = """\
 examples:
   sparseflow convert facebook/opt-1.3b /data/opt-1.3b
@@ -28,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_dtype(parser)
     add_quiet(parser)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse a model that cannot be."""
+    require_model_path(arguments.model)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:

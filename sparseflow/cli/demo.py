@@ -1,6 +1,6 @@
 """Generate with a small model that comes with SparseFlow, and compare with the dense model.
 
-Without --model: the demo model, in float32, where the same ids can be expected to the last token.
+Without MODEL: the demo model, in float32, where the same ids can be expected to the last token.
 """
 
 import argparse
@@ -8,32 +8,23 @@ import time
 from typing import TYPE_CHECKING
 
 from sparseflow.assets import DEMO_MODEL
-from sparseflow.cli.arguments import add_quiet, model_path, number
+from sparseflow.cli.arguments import add_named_model, add_quiet, add_slots_ratio, take_named_model
 from sparseflow.core.config import OffloadStrategy
+from sparseflow.utils.parsing import number
 from sparseflow.utils.progress import waiting
 
 if TYPE_CHECKING:
     from sparseflow.cli.running import Run
     from sparseflow.models.opt_sparse import SparseOPTForCausalLM
 
+LOADS = "sparseflow.cli.running"
 PROMPT = "And it came to pass in those days, that"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model --cache-ratio --prompt --max-new-tokens"""
-    parser.add_argument(
-        "--model",
-        type=model_path,
-        metavar="MODEL",
-        help="a transformers checkpoint folder or a hub id; without, the demo model",
-    )
-    parser.add_argument(
-        "--cache-ratio",
-        type=float,
-        default=OffloadStrategy().gpu_cache_ratio,
-        metavar="SHARE",
-        help="of all neurons, that have a slot on the GPU; without effect on a CPU",
-    )
+    """MODEL --gpu-cache-ratio --prompt --max-new-tokens"""
+    add_named_model(parser, "a transformers checkpoint folder or a hub id; without, the demo model")
+    add_slots_ratio(parser, "of all neurons, that have a slot on the GPU; without effect on a CPU")
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the text to continue")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, metavar="N", help="tokens, at most")
     parser.add_argument(
@@ -49,9 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
 
 
+check = take_named_model
+
+
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Stream the sparse model's text, run the dense model, print a table. Not ok if the ids differ."""
-    strategy = OffloadStrategy(gpu_cache_ratio=arguments.cache_ratio)
+    strategy = OffloadStrategy(gpu_cache_ratio=arguments.gpu_cache_ratio)
     import torch
     from transformers import OPTForCausalLM
     from transformers.utils import logging

@@ -6,14 +6,16 @@ own. Nothing is left behind. The exit code is 1 where something is called a prob
 """
 
 import argparse
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sparseflow
-from sparseflow.cli.arguments import number
+from sparseflow.cli.arguments import add_quiet
 from sparseflow.errors import BadRequest
+from sparseflow.utils.parsing import number
 
 if TYPE_CHECKING:
     from sparseflow.doctor.finding import Finding, Found, Group
@@ -36,10 +38,13 @@ Sections = Sequence[tuple[str, "list[Finding]"]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """STORE --full --device"""
+    """STORE --full --device --quiet"""
     parser.add_argument("store", nargs="?", type=Path, metavar="STORE", help="look at this store too")
     parser.add_argument("--full", action="store_true", help="compare every byte of STORE with its checksum")
-    parser.add_argument("--device", type=number(int, 0), default=0, metavar="N", help="which GPU, of those visible")
+    parser.add_argument(
+        "--device", type=_gpu, default=0, metavar="DEVICE", help="which GPU, of those visible: its number, or cuda:N"
+    )
+    add_quiet(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -56,8 +61,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     groups = [environment.group(sparseflow.__version__), computing.group(), memory.group(), disk.group()]
     groups += [gpu.group(arguments.device, first), servers.group(sparseflow.__version__)]
     if arguments.store is not None:
-        groups.append(stores.group(arguments.store, full=arguments.full))
-    sections, facts = examined(groups)
+        groups.append(stores.group(arguments.store, full=arguments.full, quiet=arguments.quiet))
+    sections, facts = examined(groups, quiet=arguments.quiet)
     if not arguments.json:
         print(page(sections))
     of_a_device = {name: facts.get(name) for name in ("reason", *gpu.OF_A_DEVICE)}
@@ -69,18 +74,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def examined(groups: "Sequence[Group]") -> tuple[Sections, dict[str, Any]]:
+def _gpu(text: str) -> float:
+    """The number of a GPU, which elsewhere is called `cuda:N`, or `cuda` where it is the first."""
+    return number(int, 0)("0" if text == "cuda" else text.removeprefix("cuda:"))
+
+
+def examined(groups: "Sequence[Group]", *, quiet: bool) -> tuple[Sections, dict[str, Any]]:
     """What all checks find, by group, and their facts by name."""
-    from tqdm import tqdm
+    from sparseflow.utils.progress import DELAY_S, progress
 
     sections: list[tuple[str, list[Finding]]] = []
     facts: dict[str, Any] = {}
+    shown_from_s = time.monotonic() + DELAY_S
     n_checks = sum(len(group.checks) for group in groups)
-    with tqdm(total=n_checks, bar_format=_BAR, disable=None, leave=False) as bar:
+    with progress(quiet=quiet, total=n_checks, bar_format=_BAR, leave=False) as bar:
         for group in groups:
             sections.append((group.title, []))
             for check in group.checks:
-                bar.set_description(check.name)
+                bar.set_description(check.name, refresh=time.monotonic() > shown_from_s)
                 found: Found = check.found()
                 sections[-1][1].extend(found.findings)
                 facts |= found.facts

@@ -13,11 +13,17 @@ from sparseflow.cli.arguments import (
     add_memory,
     add_quiet,
     add_threads,
+    fidelity,
     model_path,
-    number,
+    require_model_path,
+    require_place,
 )
 from sparseflow.core.config import OffloadStrategy
+from sparseflow.utils.parsing import number
 from sparseflow.utils.progress import waiting
+from sparseflow.utils.tokenizer import require_texts
+
+LOADS = "sparseflow.evaluation.evaluate"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="files of text")
     parser.add_argument(
         "--fidelity",
+        type=fidelity,
         nargs="+",
         default=["exact", "certified"],
         metavar="FIDELITY",
         help="exact, certified, calibrated, calibrated:RECALL or calibrated:RECALL:PREDICTOR; several at once",
     )
-    parser.add_argument("--tokens", type=number(int, 1), metavar="N", help="at most so many of the text; without, all")
+    parser.add_argument(
+        "--tokens",
+        type=number(int, 1),
+        metavar="N",
+        help="at most so many of the text, in whole windows; without, all",
+    )
     parser.add_argument(
         "--window",
         type=number(int, 2),
@@ -42,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
     parser.add_argument(
         "--activation-threshold",
-        type=float,
+        type=number(float, 0),
         default=OffloadStrategy().activation_threshold,
         metavar="FACTOR",
         help="scales the predictors' margins",
@@ -61,22 +73,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse paths that cannot be, and a figure where none can be drawn."""
+    require_texts(arguments.text)
+    require_model_path(arguments.store)
+    if arguments.plot is not None:
+        from sparseflow.evaluation.plot import require_plotting
+
+        require_place(arguments.plot)
+        require_plotting()
+
+
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Print a table, or with --json one object."""
-    from sparseflow.evaluation.plot import plot, require_plotting
-
     strategy = OffloadStrategy(activation_threshold=arguments.activation_threshold)
-    if arguments.plot is not None:
-        require_plotting()
     import torch
 
     from sparseflow.evaluation.evaluate import evaluate
+    from sparseflow.evaluation.plot import plot
     from sparseflow.evaluation.report import report
     from sparseflow.models.opt_sparse import SparseOPTForCausalLM
-    from sparseflow.orchestration.fidelity import require_fidelity
 
-    for fidelity in arguments.fidelity:
-        require_fidelity(fidelity)  # before anything is converted
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with waiting(f"opening {arguments.store}", quiet=arguments.quiet):

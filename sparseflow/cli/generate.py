@@ -7,11 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from sparseflow.cli.arguments import add_quiet, number
+from sparseflow.cli.arguments import add_quiet
 from sparseflow.cli.opening import add_opening, open_model, require_opening
 from sparseflow.cli.sampling import add_sampling, sampling_of
 from sparseflow.errors import BadRequest, DiskError
+from sparseflow.utils.parsing import number
 
+LOADS = "sparseflow.cli.running"
 EXAMPLES = """\
 examples:
   sparseflow generate STORE --prompt "In the beginning" --max-new-tokens 40
@@ -41,10 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_opening(parser)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be; a file is read once, here, because it may be a pipe."""
+    require_opening(arguments)
+    arguments.prompt_text = None if arguments.prompt_file is None else _content(arguments.prompt_file)
+
+
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Stream the text to stdout, or collect it for --json."""
-    require_opening(arguments)
-    prompt = None if arguments.prompt_file is None else _content(arguments.prompt_file)
     from sparseflow.cli import running
     from sparseflow.cli.knobs import warn_of_idle_knobs
     from sparseflow.cli.placement import placement_of, show_placement
@@ -56,12 +62,12 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         model.coordinator.audit_every = arguments.audit
         placement = placement_of(model, arguments)
         if not (arguments.json or arguments.quiet):
-            show_placement(placement)
+            show_placement(placement, arguments.log_format)
         warn_of_idle_knobs(arguments, placement)
         finished = running.generate(
             model,
             tokenizer,
-            _prompt(arguments.prompt) if prompt is None else prompt,
+            _prompt(arguments.prompt) if arguments.prompt_text is None else arguments.prompt_text,
             stream=not arguments.json,
             stops=arguments.stop,
             quiet=arguments.quiet,

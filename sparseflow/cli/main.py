@@ -1,6 +1,8 @@
 """The `sparseflow` command: reads the command line, runs one subcommand, turns errors into exit codes."""
 
 import argparse
+import errno
+import importlib
 import json
 import logging
 import os
@@ -29,12 +31,16 @@ from sparseflow.cli import (
     version,
 )
 from sparseflow.cli.arguments import add_common
-from sparseflow.cli.parsing import EXIT_USAGE, Parser, one_line, tell_error
-from sparseflow.errors import BadRequest, NoAnswer, ServerNotRunning, SparseFlowError, UnsupportedModel
+from sparseflow.cli.knobs import given_options, warn_of_idle_knobs
+from sparseflow.cli.voice import Voice
+from sparseflow.errors import BadRequest, DiskError, NoAnswer, ServerNotRunning, SparseFlowError, UnsupportedModel
 from sparseflow.utils.logs import start_logging
+from sparseflow.utils.parsing import EXIT_USAGE, Parser, one_line, tell_error
+from sparseflow.utils.progress import waiting
 
 EXIT_OK, EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_NO_ANSWER, EXIT_INTERRUPTED = 0, 1, 3, 4, 130
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COMMANDS = {
     "convert": convert,
     "generate": generate,
@@ -67,7 +73,8 @@ Exit codes: 0 ok, 1 failed or degraded, 2 wrong usage, 3 no server runs, 4 it do
 def build_parser() -> argparse.ArgumentParser:
     """Each subcommand's module adds its own arguments; its docstring is its help.
 
-    `EXAMPLES` stand below that, and `LOG_LEVEL` is what is logged from, where a module has them.
+    What else a module may have: `EXAMPLES`, below the help; `LOG_LEVEL`, from which on things are logged; `check`,
+    which refuses what cannot be before anything slow begins; `LOADS`, the module whose import takes seconds.
     """
     parser = Parser(prog="sparseflow", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"sparseflow {sparseflow.__version__}", help="print it")
@@ -79,7 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         log_level = getattr(module, "LOG_LEVEL", "WARNING")
         add_common(command, log_level=log_level)
-        command.set_defaults(run=module.run, log_level=log_level)
+        check, loads = getattr(module, "check", _accept), getattr(module, "LOADS", None)
+        command.set_defaults(**({"loads": loads} | command._defaults), run=module.run, check=check, log_level=log_level)
     return parser
 
 
@@ -97,19 +105,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return EXIT_OK
+    arguments.given = given_options(build_parser(), argv)
     try:
         with _logging(arguments.log_level, arguments.log_format):
-            result: dict[str, object] = arguments.run(arguments)
+            result = _run(arguments)
+        if arguments.json and not getattr(arguments, "prints_json_itself", False):
+            print(json.dumps(result))
+        sys.stdout.flush()
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the shell's prompt begins a line
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         return EXIT_FAILED
     except Exception as error:
-        return _failed(error, arguments.debug)
-    if arguments.json and not getattr(arguments, "prints_json_itself", False):
-        print(json.dumps(result))
+        return _failed(_error_of_stdout(error) or error, arguments.debug)
     return EXIT_OK if result.get("ok", True) else EXIT_FAILED
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, object]:
+    """What can be told at once is told before the imports take their seconds."""
+    arguments.check(arguments)
+    warn_of_idle_knobs(arguments)
+    if arguments.loads is not None:
+        with waiting("loading torch", quiet=getattr(arguments, "quiet", False)):
+            importlib.import_module(arguments.loads)
+    result: dict[str, object] = arguments.run(arguments)
+    return result
+
+
+def _accept(arguments: argparse.Namespace) -> None:
+    pass
+
+
+def _error_of_stdout(error: Exception) -> SparseFlowError | None:
+    """What is wrong if standard output takes nothing more; None if it does. error: what ended the command."""
+    failure = None
+    if isinstance(error, OSError) and error.errno in _FULL and getattr(sys.stdout, "write_through", False):
+        failure = error  # without a buffer nothing is kept that would fail again below
+    try:
+        sys.stdout.flush()
+    except OSError as again:
+        failure = again
+    if failure is None:
+        return None
+    _leave_stdout()
+    return DiskError(f"standard output cannot be written ({failure.strerror})")
+
+
+def _leave_stdout() -> None:
+    """What is left in its buffer goes nowhere, or Python would fail at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(error: Exception, debug: bool) -> int:
@@ -146,6 +193,8 @@ def _logging(level: str, log_format: str) -> Iterator[None]:
     try:
         root.handlers = []  # or they would be closed
         start_logging(level, log_format)
+        if log_format == "text" and level == "WARNING":
+            root.handlers[0].setFormatter(Voice())
         yield
     finally:
         root.handlers, warnings.formatwarning = before[0], before[2]

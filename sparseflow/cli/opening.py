@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from sparseflow.cli.arguments import MODEL_HELP, add_device, add_model, model_path, strategy_of
+from sparseflow.cli.arguments import MODEL_HELP, add_device, add_model, model_path, require_model_path, strategy_of
 from sparseflow.errors import BadRequest
 from sparseflow.utils.progress import waiting
 
@@ -24,12 +24,16 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 
 
 def require_opening(arguments: argparse.Namespace) -> None:
-    """A bad value is told before the imports take their seconds.
-
+    """
     Raises:
-        BadRequest: what the arguments of `add_opening` say cannot be.
+        BadRequest: what the arguments of `add_opening` say cannot be. DiskError: STORE is no folder and no hub id.
     """
     strategy_of(arguments)
+    if arguments.store is None and arguments.server is None and arguments.model is not None:
+        raise BadRequest(
+            f"{arguments.command}: --model {arguments.model} is one of a server's; name that with --server, or give a "
+            "store or a checkpoint without --model"
+        )
     if (arguments.store is None) == (arguments.server is None):
         raise BadRequest(f"{arguments.command}: name either a STORE or a --server")
     if arguments.server is None:
@@ -37,19 +41,13 @@ def require_opening(arguments: argparse.Namespace) -> None:
             raise BadRequest("--borrow-dense: only a server lends weights; name one with --server")
         if arguments.model is not None:
             raise BadRequest(f"--model {arguments.model}: is of a server; name that with --server, or leave it out")
+        require_model_path(arguments.store)
         return
-    defaults = opening_defaults()
     for name in _SERVERS:
-        if (value := getattr(arguments, name)) != defaults[name]:
-            option = "--" + name.replace("_", "-")
-            raise BadRequest(f"{option} {value}: the server decides that; leave it out with --server")
-
-
-def opening_defaults() -> dict[str, object]:
-    """What the arguments of `add_opening` are where nothing is given."""
-    parser = argparse.ArgumentParser()
-    add_opening(parser)
-    return vars(parser.parse_args([]))
+        if name in arguments.given:
+            option, value = "--" + name.replace("_", "-"), getattr(arguments, name)
+            shown = "" if value is True else f" {value}"
+            raise BadRequest(f"{option}{shown}: the server decides that; leave it out with --server")
 
 
 def open_model(arguments: argparse.Namespace) -> "tuple[SparseOPTForCausalLM, float]":

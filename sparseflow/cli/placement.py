@@ -1,6 +1,7 @@
 """Where the weights of an open model lie in the end, and how the rest is read: a few lines for people, or fields."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -95,8 +96,13 @@ def _why(io: str, is_resident: bool, is_served: bool, asked: str) -> str:
     return "the file system allows it" if io == "direct" and asked == "auto" else "as --io says"
 
 
-def show_placement(placement: Placement) -> None:
-    """A few lines on stderr."""
+def show_placement(placement: Placement, log_format: str = "text") -> None:
+    """A few lines on stderr; with `json` one record of the log."""
+    if log_format == "json":
+        log = logging.getLogger(__name__)
+        log.setLevel(logging.INFO)  # it was asked for, whatever else is logged
+        log.info("placement", extra={"placement": placement.fields()})
+        return
     for line in lines(placement):
         print(line, file=sys.stderr)
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +11,13 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sparseflow.cli.text_flow import StopFilter, TextFlow
 from sparseflow.errors import BadRequest
 from sparseflow.models.opt_sparse import SparseOPTForCausalLM
 from sparseflow.utils.process_memory import process_memory
 from sparseflow.utils.progress import waiting
+from sparseflow.utils.stop_filter import StopFilter
 from sparseflow.utils.tensor_ops import read_bandwidth
+from sparseflow.utils.token_text import TokenText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,10 +54,10 @@ class Run:
 class _Watcher(BaseStreamer):
     """Notes when each token came, and shows of the text what is certain."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", show: Show, stops: Sequence[str], quiet: bool) -> None:
+    def __init__(self, text: TokenText, show: Show, stops: Sequence[str], quiet: bool) -> None:
         self._prompt = ExitStack()
         self._prompt.enter_context(waiting("reading the prompt", quiet=quiet))
-        self._flow = TextFlow(partial(tokenizer.decode, skip_special_tokens=True))
+        self._new_text = text
         self.stop = StopFilter(stops)
         self._show = show
         self._prompt_seen = False
@@ -69,11 +69,11 @@ class _Watcher(BaseStreamer):
         if self._prompt_seen:
             self.times_s.append(time.perf_counter() - self._start)
             self.close()
-            self._add(self.stop.push(self._flow.push(int(value))))
+            self._add(self.stop.push(self._new_text.push(int(value))))
         self._prompt_seen = True
 
     def end(self) -> None:
-        self._add(self.stop.push(self._flow.rest()))
+        self._add(self.stop.push(self._new_text.rest()))
         self._add(self.stop.rest())
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ def continue_ids(
         is_interrupted: asked after each token, whether that was the last one.
         generating: passed to `model.generate`.
     """
-    watcher = _Watcher(tokenizer, show, stops, quiet)
+    watcher = _Watcher(TokenText(tokenizer, ids), show, stops, quiet)
     inputs = torch.tensor([[*ids]], device=model.device)
     with closing(watcher), torch.inference_mode():
         output = model.generate(

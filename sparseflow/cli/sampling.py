@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from sparseflow.cli.arguments import number
+from sparseflow.utils.parsing import number
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

@@ -11,19 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparseflow.cli.arguments import (
-    MODEL_HELP,
-    add_cache_ratio,
-    add_device,
-    add_fidelity,
-    add_memory,
-    model_path,
-    number,
-)
+from sparseflow.cli.arguments import MODEL_HELP, add_cache_ratio, add_device, add_fidelity, add_memory, model_path
 from sparseflow.engine.engine import DEFAULT_EVICTION, EVICTIONS
 from sparseflow.engine.reading import IO_MODES
 from sparseflow.errors import BadRequest
 from sparseflow.serving.config import ServeConfig
+from sparseflow.utils.parsing import number
 
 LOG_LEVEL = "INFO"
 _OF_WEIGHT_SERVERS = {"memory": "auto", "cpu_cache_ratio": 1.0, "io": "auto", "eviction": DEFAULT_EVICTION}
@@ -81,9 +74,9 @@ def _add_weight_server(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--io",
+        choices=IO_MODES,
         default="auto",
-        metavar="WAY",
-        help=f"how what is on disk is read: {', '.join(IO_MODES)}; auto: direct where that is possible",
+        help="how what is on disk is read; auto: direct where that is possible",
     )
 
 

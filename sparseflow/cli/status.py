@@ -7,10 +7,10 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from sparseflow.cli.arguments import number
-from sparseflow.errors import BadRequest, ServerNotRunning, SparseFlowError
+from sparseflow.errors import BadRequest, NoAnswer, ServerNotRunning, SparseFlowError
+from sparseflow.utils.parsing import number
 from sparseflow.utils.sizes import format_size
 
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a screen of our own, without a cursor
@@ -18,10 +18,25 @@ _HOME, _REST_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 _INDENT = " " * 13
 
 
+class Look(NamedTuple):
+    """What was seen of a server."""
+
+    content: dict[str, Any] | None
+    """Its status; None where nobody answers."""
+    is_last: bool
+    waiting: str = ""
+    """What to say where nobody answers."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--server --watch --count --timeout --prometheus"""
     parser.add_argument("--server", metavar="NAME", help="which one; else the only one that runs")
-    parser.add_argument("--watch", type=number(float, 0.1), metavar="SECONDS", help="again and again, until Ctrl-C")
+    parser.add_argument(
+        "--watch",
+        type=number(float, 0.1),
+        metavar="SECONDS",
+        help="again and again until Ctrl-C, also while the server is restarted",
+    )
     parser.add_argument("--count", type=number(int, 1), metavar="N", help="with --watch: so many times")
     parser.add_argument("--timeout", type=number(float, 0.1), default=5.0, metavar="SECONDS", help="for an answer")
     parser.add_argument(
@@ -38,15 +53,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     name = arguments.server or _only_server()
     if arguments.prometheus:
         return _print_metrics(name, arguments.timeout)
-    if arguments.watch is not None and not arguments.json and sys.stdout.isatty():
-        content = _watch_on_screen(_looks(name, arguments))
-    else:
-        content = _print(_looks(name, arguments), arguments.json)
+    try:
+        if arguments.watch is not None and not arguments.json and sys.stdout.isatty():
+            content = _watch_on_screen(_looks(name, arguments))
+        else:
+            content = _print(_looks(name, arguments), arguments.json)
+    except KeyboardInterrupt:
+        if arguments.watch is None:
+            raise
+        arguments.prints_json_itself = True  # it has
+        return {"ok": True}
     return content | {"ok": content["state"] != "degraded"}
 
 
-def _looks(name: str, arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Each status that is asked for, and whether it is the last."""
+def _looks(name: str, arguments: argparse.Namespace) -> Iterator[Look]:
+    """Each status that is asked for. A watch that has begun goes on while nobody answers.
+
+    Raises:
+        ServerNotRunning, NoAnswer: at the first look, or at the last.
+    """
     from sparseflow.protocol.inquiry import ask_status
 
     n, is_last = 0, False
@@ -55,15 +80,28 @@ def _looks(name: str, arguments: argparse.Namespace) -> Iterator[tuple[dict[str,
             time.sleep(arguments.watch)
         n += 1
         is_last = arguments.watch is None or n == arguments.count
-        yield ask_status(name, arguments.timeout), is_last
+        try:
+            look = Look(ask_status(name, arguments.timeout), is_last)
+        except (ServerNotRunning, NoAnswer) as error:
+            if n == 1 or is_last:
+                raise
+            what = "no answer" if isinstance(error, NoAnswer) else "no server"
+            look = Look(None, is_last, f"server {name}: {what}; waiting")
+        yield look
 
 
-def _print(looks: Iterator[tuple[dict[str, Any], bool]], is_json: bool) -> dict[str, Any]:
+def _print(looks: Iterator[Look], is_json: bool) -> dict[str, Any]:
     """One page, or object, under the other; the last object is printed by whoever runs commands. Returns the last."""
     before: dict[str, Any] | None = None
-    for content, is_last in looks:
+    text = ""
+    for content, is_last, waiting in looks:
+        if content is None:
+            if text != waiting:  # once, however long it takes
+                print(waiting, file=sys.stderr if is_json else sys.stdout, flush=True)
+            text = waiting
+            continue
+        text = "" if is_json else page(content, before)
         if not is_json:
-            text = page(content, before)
             print(_fitted(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text, flush=True)
         elif not is_last:
             print(json.dumps(content), flush=True)
@@ -72,14 +110,15 @@ def _print(looks: Iterator[tuple[dict[str, Any], bool]], is_json: bool) -> dict[
     return before
 
 
-def _watch_on_screen(looks: Iterator[tuple[dict[str, Any], bool]]) -> dict[str, Any]:
+def _watch_on_screen(looks: Iterator[Look]) -> dict[str, Any]:
     """Pages in one place, none of which is erased before the next is written. Returns the last, which stays."""
     before: dict[str, Any] | None = None
     text = ""
     sys.stdout.write(_ENTER)
     try:
-        for content, _ in looks:
-            text, before = page(content, before, is_watching=True), content
+        for content, _, waiting in looks:
+            text = waiting if content is None else page(content, before, is_watching=True)
+            before = content or before
             sys.stdout.write(_frame(text, *shutil.get_terminal_size()))
             sys.stdout.flush()
     finally:
@@ -177,7 +216,7 @@ def _going_on(content: dict[str, Any], before: dict[str, Any] | None) -> str:
 def _disk(disk: dict[str, Any]) -> Iterator[str]:
     yield (
         f"  disk       {_size(disk['bytes'])} in {disk['reads']} reads of {_number(disk['bundles_per_read'])} bundles; "
-        f"a layer's take {_ms(disk['latency_p50_s'])}, at worst {_ms(disk['latency_p99_s'])} (99 %)"
+        f"reading a layer takes {_ms(disk['latency_p50_s'])}, 99 % under {_ms(disk['latency_p99_s'])}"
     )
     yield from (f"    {_plain(reason)}" for reason in disk["reasons"])
 
@@ -208,7 +247,7 @@ def _gpus(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _sessions(content: dict[str, Any]) -> Iterator[str]:
-    yield f"  sessions   {len(content['sessions'])} of {content['max_sessions']}"
+    yield f"  sessions   {len(content['sessions'])} (at most {content['max_sessions']} for each model)"
     if content["sessions"]:
         yield "      PID  MODEL             TOKENS  TOKENS/S  HITS          RECALL  LEASES  LAST ERROR"
     for session in content["sessions"]:

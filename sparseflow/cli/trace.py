@@ -14,11 +14,13 @@ from sparseflow.cli.arguments import (
     add_quiet,
     add_threads,
     model_path,
-    number,
+    require_model_path,
+    require_place,
 )
 from sparseflow.core.config import OffloadStrategy
-from sparseflow.errors import BadRequest
+from sparseflow.utils.parsing import number
 from sparseflow.utils.progress import progress, waiting
+from sparseflow.utils.tokenizer import require_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the random tokens")
     record.add_argument("--tokens", type=number(int, 1), default=1000, metavar="N", help="so many are decoded")
     record.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace")
+    record.set_defaults(loads="sparseflow.evaluation.trace_run")
     for add in (add_fidelity, add_memory, add_cache_ratio, add_threads, add_dtype, add_quiet):
         add(record)
     text = "Say what each eviction would have found. The first tenth of the tokens fills the arena and is not counted."
@@ -62,6 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_common(action, repeated=True)  # what stands before the action must not be overwritten by a default here
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse paths that cannot be."""
+    if arguments.action == "record":
+        require_place(arguments.out)
+        require_texts(arguments.text or ())
+        require_model_path(arguments.store)
+
+
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """One of the two."""
     return _record(arguments) if arguments.action == "record" else _replay(arguments)
@@ -73,13 +84,9 @@ def _record(arguments: argparse.Namespace) -> dict[str, object]:
     from sparseflow.core.store_home import find_or_convert
     from sparseflow.evaluation.trace_run import record_trace
     from sparseflow.models.opt_sparse import SparseOPTForCausalLM
-    from sparseflow.orchestration.fidelity import require_fidelity
     from sparseflow.store.manifest import Manifest
 
     strategy = OffloadStrategy(cpu_cache_ratio=arguments.cpu_cache_ratio)
-    require_fidelity(arguments.fidelity)  # before anything is converted
-    if not arguments.out.parent.is_dir():
-        raise BadRequest(f"{arguments.out}: its folder does not exist; make it first")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     store = find_or_convert(arguments.store, dtype=arguments.dtype, quiet=arguments.quiet)

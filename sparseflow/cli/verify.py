@@ -14,20 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Name every file that differs, not only the first."""
-    from sparseflow.errors import DiskError
-    from sparseflow.store.manifest import Manifest, check_content
-    from sparseflow.utils.progress import OF_BYTES, progress
+    from sparseflow.doctor.checksums import damaged_files
+    from sparseflow.store.manifest import Manifest
 
     manifest = Manifest.load(arguments.store)
     manifest.require_all_parts(arguments.store)
-    damaged = {}
-    with progress(desc="verify", quiet=arguments.quiet, total=manifest.nbytes_under(""), **OF_BYTES) as bar:
-        for name, entry in manifest.files.items():
-            try:
-                check_content(arguments.store, name, entry)
-            except DiskError as error:
-                damaged[name] = str(error)
-            bar.update(entry.nbytes)
+    found = damaged_files(arguments.store, manifest, manifest.files, quiet=arguments.quiet)
+    damaged = {name: str(error) for name, error in found.items()}
     if not arguments.json:
         for text in damaged.values():
             print(text)

@@ -4,7 +4,6 @@ Safetensors or `pytorch_model*.bin` (weights only), single or sharded; a local f
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -35,11 +34,11 @@ _WEIGHT_PATTERNS = (
 )
 
 
-def locate(name: str) -> Path:
-    """The folder of a checkpoint: `name` itself, or where the hub's cache has it (downloaded if allowed).
+def local_folder(name: str) -> Path | None:
+    """The folder of that name; None where there is none and it may be a hub id.
 
     Raises:
-        DiskError: there is no such folder, and the hub does not have it or cannot be asked.
+        DiskError: there is none, and it can be no hub id.
     """
     try:
         folder = Path(name).expanduser()
@@ -53,7 +52,19 @@ def locate(name: str) -> Path:
         raise DiskError(
             f"{name}: no such folder; give a checkpoint folder, a store or a hub id such as facebook/opt-1.3b"
         )
+    return None
+
+
+def locate(name: str) -> Path:
+    """The folder of a checkpoint: `name` itself, or where the hub's cache has it (downloaded if allowed).
+
+    Raises:
+        DiskError: there is no such folder, and the hub does not have it or cannot be asked.
+    """
+    if (local := local_folder(name)) is not None:
+        return local
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
@@ -65,7 +76,7 @@ def locate(name: str) -> Path:
         return folder
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise DiskError(
-            f"{name}: no folder of that name, and not in the hub's cache (HF_HOME={os.environ.get('HF_HOME', '')}), "
+            f"{name}: no folder of that name, and not in the hub's cache ({HF_HUB_CACHE}), "
             "while the hub cannot be asked; download it first, or give a local folder"
         ) from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from sparseflow.core.checkpoint import Checkpoint, locate, model_name
 from sparseflow.core.converter import convert
 from sparseflow.errors import BadRequest
-from sparseflow.store.manifest import FORMAT_VERSION, is_store
+from sparseflow.store.manifest import FORMAT_VERSION, Manifest, is_store
 from sparseflow.utils.home import sparseflow_home
 
 
@@ -19,13 +19,17 @@ def find_or_convert(
     Args:
         name: a store, a transformers checkpoint folder, or a hub id.
         cache_dir: where stores are kept; None: `sparseflow_home()`.
-        dtype: of the weights; None: as the checkpoint has them.
+        dtype: of the weights; None: as the checkpoint has them. A store has what it has.
 
     Raises:
         DiskError, UnsupportedModel, BadRequest: as their texts say.
     """
     folder = locate(name)
     if is_store(folder):
+        if dtype is not None and dtype != (stored := Manifest.load(folder).profile.dtype):
+            raise BadRequest(
+                f"{folder}: holds {stored}, {dtype} is asked for; convert the checkpoint again with --dtype {dtype}"
+            )
         return folder
     checkpoint = Checkpoint(folder, model_name(name))
     identity = json.dumps([str(folder), checkpoint.identity(), dtype or checkpoint.dtype(), FORMAT_VERSION])

@@ -94,11 +94,6 @@ class DiskWeightStore:
         self.manifest.require_all_parts(self.path)
         self.manifest.require_files(self.path)
         self.profile: ModelProfile = self.manifest.profile
-        if self._dtype not in (None, self.profile.dtype):
-            raise BadRequest(
-                f"{self.path}: holds {self.profile.dtype}, {self._dtype} is asked for; "
-                f"convert the checkpoint again with --dtype {self._dtype}"
-            )
         if hf_config is not None:
             stored = stored_config((self.path / "config.json").read_bytes(), self.profile)
             require_same_network(hf_config.to_dict(), stored.to_dict(), str(self.path))

@@ -132,12 +132,8 @@ def processor(cpuinfo: Path = _CPUINFO) -> Finding:
 def variables(environment: Mapping[str, str] = os.environ) -> Found:
     """Those of ours, and of others that change what we do."""
     mine = {name: value for name, value in sorted(environment.items()) if _SHOWN_VARIABLES.fullmatch(name)}
-    findings = []
     shown = ", ".join(f"{name}={'(set)' if _SECRET.search(name) else value}" for name, value in mine.items())
-    if mine:
-        findings.append(Finding("variables", "note", shown, "unset what is not meant"))
-    else:
-        findings.append(Finding("variables", "ok", "none is set that changes anything"))
+    findings = [Finding("variables", "ok", shown or "none is set that changes anything")]
     if unknown := [name for name in mine if name.startswith("SPARSEFLOW_") and name not in _KNOWN_VARIABLES]:
         remedy = f"look for a slip of the pen; known are {', '.join(sorted(_KNOWN_VARIABLES))}"
         findings.append(Finding("variables", "warning", f"{', '.join(unknown)}: nothing reads that", remedy))

@@ -10,7 +10,7 @@ from sparseflow.doctor.finding import Check, Finding, Found, Group, of_error
 from sparseflow.errors import BadRequest, NoAnswer, NotPermitted, ServerNotRunning, SparseFlowError
 from sparseflow.protocol.inquiry import ask_status
 from sparseflow.protocol.messages import PROTOCOL_VERSION
-from sparseflow.protocol.run_directory import RunDirectory, require_private, runtime_dir, server_names
+from sparseflow.protocol.run_directory import RunDirectory, folder_names, require_private, runtime_dir
 
 _ANSWER_S = 3.0
 _AT_ONCE = 8
@@ -50,7 +50,7 @@ def runtime_directory() -> Finding:
 
 def servers(version: str) -> Found:
     """One finding for each folder there."""
-    names = server_names()
+    names = folder_names()
     if not names:
         return Found([Finding("servers", "ok", "none runs, and none has left anything")])
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -90,7 +90,7 @@ def _of_status(title: str, status: Mapping[str, Any], version: str) -> Finding:
     text = (
         f"{state}, pid {status['pid']}, version {status['version']}, "
         f"{', '.join(model['name'] for model in status['models'])}, "
-        f"{len(status['sessions'])} of {status['max_sessions']} sessions"
+        f"{len(status['sessions'])} sessions (at most {status['max_sessions']} for each model)"
     )
     if status["protocol"] != PROTOCOL_VERSION:
         told = f"{text}; speaks protocol {status['protocol']}, this version {PROTOCOL_VERSION}"

@@ -1,28 +1,26 @@
 """A store: whether it is whole, how it would be read here, and how much of it memory holds."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-from tqdm import tqdm
-
+from sparseflow.doctor.checksums import MADE_ANEW, damaged_files
 from sparseflow.doctor.finding import Check, Finding, Found, Group, of_error
 from sparseflow.engine.memory_plan import plan_memory
 from sparseflow.engine.reading import open_reading
 from sparseflow.engine.shard_files import ShardFiles
 from sparseflow.errors import DiskError, NotEnoughMemory, SparseFlowError
-from sparseflow.store.manifest import Manifest, check_content, check_size
+from sparseflow.store.manifest import Manifest, check_size
 from sparseflow.utils.sizes import format_size
 
 _DEADLINE_S = 40.0
-_MADE_ANEW = "remove the store and convert the model again"
 
 
-def group(store: Path, *, full: bool) -> Group:
-    """full: read every byte, too."""
+def group(store: Path, *, full: bool, quiet: bool) -> Group:
+    """full: read every byte, too. quiet: without a bar."""
     checks = [Check("store", lambda: look(store), _DEADLINE_S)]
     if full:
-        checks.append(Check("checksums", lambda: compare(store), deadline_s=None))
+        checks.append(Check("checksums", lambda: compare(store, quiet=quiet), deadline_s=None))
     return Group(f"Store {store}", checks)
 
 
@@ -41,23 +39,22 @@ def look(store: Path) -> Found:
 
 def files(store: Path, manifest: Manifest) -> list[Finding]:
     """Whether each is there, and as long as it was: not what is in it."""
-    damaged = _damaged(store, manifest, check_size, manifest.files)
+    damaged = _of_other_size(store, manifest, manifest.files)
     if damaged:
         return damaged
     return [Finding("files", "ok", f"{len(manifest.files)} are there, as long as they were; --full compares bytes")]
 
 
-def compare(store: Path) -> Found:
+def compare(store: Path, *, quiet: bool = True) -> Found:
     """Every file with its checksum, but those of which `look` has told."""
     try:
         manifest = Manifest.load(store)
     except SparseFlowError:
         return Found([])  # told already
-    whole = [name for name in manifest.files if not _damaged(store, manifest, check_size, [name])]
-    with tqdm(whole, "checksums", unit="file", disable=None, leave=False) as names:
-        damaged = _damaged(store, manifest, check_content, names)
+    whole = [name for name in manifest.files if not _of_other_size(store, manifest, [name])]
+    damaged = damaged_files(store, manifest, whole, quiet=quiet)
     if damaged:
-        return Found(damaged)
+        return Found([of_error("file", "problem", error) for error in damaged.values()])
     text = f"{len(whole)} of {len(manifest.files)} files have the bytes that were written"
     return Found([Finding("checksums", "ok", text)])
 
@@ -102,14 +99,14 @@ def _manifest(manifest: Manifest) -> Finding:
     return Finding("manifest", "ok", text)
 
 
-def _damaged(store: Path, manifest: Manifest, check: Callable[..., None], names: Iterable[str]) -> list[Finding]:
-    """A finding for each file that is not as the manifest says."""
+def _of_other_size(store: Path, manifest: Manifest, names: Iterable[str]) -> list[Finding]:
+    """A finding for each file that is not there, or not as long as the manifest says."""
     found = []
     for name in names:
         try:
-            check(store, name, manifest.files[name])
+            check_size(store, name, manifest.files[name])
         except DiskError as error:
             found.append(of_error("file", "problem", error))
         except OSError as error:
-            found.append(Finding("file", "problem", f"{store / name}: {error.strerror}", _MADE_ANEW))
+            found.append(Finding("file", "problem", f"{store / name}: {error.strerror}", MADE_ANEW))
     return found

@@ -12,6 +12,7 @@ import psutil
 
 from sparseflow.errors import NotEnoughMemory
 from sparseflow.store.manifest import Manifest
+from sparseflow.store.profile import ModelProfile
 from sparseflow.utils.sizes import format_size, parse_size
 
 # Of what is free, `auto` leaves a tenth to the KV cache, activations and whoever comes later.
@@ -64,12 +65,10 @@ def plan_memory(
     wanted = max(2, math.ceil(cpu_cache_ratio * n_bundles))
     if aggressive_offload:
         wanted = min(wanted, profile.ffn_dimension)
-    dense_part = min(DENSE_PART_NBYTES, profile.ffn_dimension * profile.bundle_nbytes)
-    buffers = n_bundles * _BUNDLE_TABLES_NBYTES + _READ_BUFFERS_NBYTES + dense_part
+    buffers, slot_nbytes = _buffers_nbytes(profile), _slot_nbytes(profile)
     fixed += buffers
-    slot_nbytes = profile.bundle_nbytes + _SLOT_TABLES_NBYTES
     n_slots = min(wanted, (allowed - fixed) // slot_nbytes)
-    least = min(wanted, max(2, math.ceil(LEAST_SHARE * n_bundles)))
+    least = min(wanted, _least_slots(profile))
     if n_slots < least:
         what, remedy = ("free are", "free some") if is_auto else ("allowed are", "allow more")
         raise NotEnoughMemory(
@@ -93,6 +92,26 @@ def fixed_nbytes(manifest: Manifest) -> int:
     profile = manifest.profile
     widened = 8 * profile.num_layers * (profile.ffn_dimension + profile.hidden_dimension)
     return manifest.nbytes_under("") - manifest.nbytes_under("neurons/") + widened
+
+
+def least_nbytes(manifest: Manifest) -> int:
+    """The least memory that `plan_memory` takes, with a strategy that would keep all."""
+    profile, fixed = manifest.profile, fixed_nbytes(manifest)
+    in_part = _buffers_nbytes(profile) + _least_slots(profile) * _slot_nbytes(profile)
+    return fixed + min(in_part, manifest.nbytes_under("neurons/"))
+
+
+def _buffers_nbytes(profile: ModelProfile) -> int:
+    dense_part = min(DENSE_PART_NBYTES, profile.ffn_dimension * profile.bundle_nbytes)
+    return profile.num_layers * profile.ffn_dimension * _BUNDLE_TABLES_NBYTES + _READ_BUFFERS_NBYTES + dense_part
+
+
+def _slot_nbytes(profile: ModelProfile) -> int:
+    return profile.bundle_nbytes + _SLOT_TABLES_NBYTES
+
+
+def _least_slots(profile: ModelProfile) -> int:
+    return max(2, math.ceil(LEAST_SHARE * profile.num_layers * profile.ffn_dimension))
 
 
 def free_memory() -> int:

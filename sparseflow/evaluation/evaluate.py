@@ -40,8 +40,9 @@ def evaluate(
     Args:
         model: of any fidelity.
         fidelities: as `SparseOPTForCausalLM.from_pretrained` takes them.
-        n_tokens: at most so many of the texts; None: all.
-        window: tokens that attend to each other; None: DEFAULT_WINDOW, or the model's positions if fewer.
+        n_tokens: at most so many of the texts, in whole windows; None: all.
+        window: tokens that attend to each other; None: DEFAULT_WINDOW, or the model's positions if fewer. No more than
+            `n_tokens`.
         cache_ratios: shares of all bundles kept in host memory, to tell what would be read from disk.
         quiet: no progress bar.
 
@@ -52,6 +53,8 @@ def evaluate(
     window = min(DEFAULT_WINDOW, positions) if window is None else window
     if not 2 <= window <= positions:
         raise BadRequest(f"window {window}: give 2 to {positions} tokens, the positions that the model has")
+    if n_tokens is not None:
+        window = min(window, max(2, n_tokens))
     windows = token_windows(tokenizer_of(model.source.model_files), texts, window, n_tokens)
     predictors = [make_predictor(model.source, fidelity, activation_threshold) for fidelity in fidelities]
     disk = DiskReplay(model.source.profile, cache_ratios)

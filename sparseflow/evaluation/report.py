@@ -13,6 +13,7 @@ def report(result: dict[str, Any], *, by_layer: bool = False) -> str:
         f"{result['tokens']} tokens in windows of {result['window']}. Dense: perplexity {dense['perplexity']:.4f}, "
         f"{dense['active_share']:.1%} of the neurons active, {format_size(dense['mlp_bytes_per_token'])}"
         " of MLP weights.",
+        _LEGEND,
         f"{'fidelity':{width}} {'perplexity, times dense':>23} {'top-1':>7} {'KL, nats':>9} {_PAIRS_TITLE}",
     ]
     for found in fidelities:
@@ -29,6 +30,10 @@ def report(result: dict[str, Any], *, by_layer: bool = False) -> str:
     return "\n".join(lines)
 
 
+_LEGEND = (
+    "Recall: share of the active neurons that was chosen; precision: of the chosen that was active; active, chosen: of "
+    "all. Bytes a token reads for the predictor and of neurons; of dense: both, as a share of the dense MLP's weights."
+)
 _PAIRS_TITLE = (
     f"{'recall':>19} {'precision':>9} {'active':>7} {'chosen':>7} {'predictor':>11} {'neurons':>11} {'of dense':>8}"
 )

@@ -20,6 +20,7 @@ from sparseflow.core.config import (
     dtype_name,
     require_device,
 )
+from sparseflow.core.fidelity_name import DEFAULT_FIDELITY, require_fidelity
 from sparseflow.core.weight_manager import DiskWeightStore
 from sparseflow.core.weight_source import WeightSource
 from sparseflow.errors import BadRequest, FingerprintMismatch, PromptTooLong
@@ -29,7 +30,7 @@ from sparseflow.models.opt_layers import FrozenLinear, SparseOPTDecoderLayer
 from sparseflow.orchestration.calibrated_predictor import given_predictor
 from sparseflow.orchestration.coordinator import Coordinator
 from sparseflow.orchestration.density import Crossover
-from sparseflow.orchestration.fidelity import DEFAULT_FIDELITY, make_predictor, require_fidelity
+from sparseflow.orchestration.fidelity import make_predictor
 from sparseflow.orchestration.stats import RunStats
 from sparseflow.orchestration.transfer_coordinator import LayerBiases, TransferCoordinator
 

@@ -1,52 +1,12 @@
-"""What people ask for, such as `exact` or `calibrated:0.98`, and the predictor that does it."""
+"""The predictor that does what people ask for, such as `exact` or `calibrated:0.98`."""
 
 import warnings
-from dataclasses import dataclass
 
+from sparseflow.core.fidelity_name import Fidelity
 from sparseflow.core.weight_source import WeightSource
-from sparseflow.errors import BadRequest
 from sparseflow.kernels.bounds import Margin
 from sparseflow.orchestration.calibrated_predictor import calibrated_predictor, calibration_of
 from sparseflow.orchestration.neuron_predictor import NeuronPredictor, OraclePredictor, bound_predictor
-from sparseflow.store.calibration import KINDS
-
-DEFAULT_FIDELITY = "exact"
-_NAMES = ("exact", "certified", "calibrated", "dense", "oracle")
-
-
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """`exact`, `certified`, `dense`, `oracle`, or `calibrated[:RECALL[:KIND]]`."""
-
-    name: str
-    recall: float | None = None
-    kind: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "Fidelity":
-        """
-        Raises:
-            BadRequest: not of this form.
-        """
-        name, *rest = text.split(":")
-        if name not in _NAMES or (rest and name != "calibrated") or len(rest) > 2:
-            raise BadRequest(
-                f"fidelity {text!r}: give one of {', '.join(_NAMES)}, "
-                "or calibrated:RECALL such as calibrated:0.98, or calibrated:RECALL:PREDICTOR"
-            )
-        if len(rest) == 2 and rest[1] not in KINDS:
-            raise BadRequest(f"fidelity {text!r}: predictors are {', '.join(KINDS)}")
-        return cls(name, _recall(text, rest[0]) if rest else None, rest[1] if len(rest) == 2 else None)
-
-
-def _recall(text: str, number: str) -> float:
-    try:
-        recall = float(number)
-    except ValueError:
-        recall = 0.0
-    if not 0 < recall < 1:
-        raise BadRequest(f"fidelity {text!r}: the recall is a number between 0 and 1, such as 0.98")
-    return recall
 
 
 def make_predictor(source: WeightSource, fidelity: str, activation_threshold: float) -> NeuronPredictor | None:
@@ -75,11 +35,3 @@ def make_predictor(source: WeightSource, fidelity: str, activation_threshold: fl
                 stacklevel=2,
             )
     return bound_predictor(source, Margin.EXACT, activation_threshold)
-
-
-def require_fidelity(fidelity: str) -> None:
-    """
-    Raises:
-        BadRequest: no such fidelity.
-    """
-    Fidelity.parse(fidelity)

@@ -19,7 +19,7 @@ def ask_status(name: str, timeout_s: float = 5.0) -> dict[str, Any]:
     """
     directory = RunDirectory.of(name)
     if not directory.is_alive():
-        raise ServerNotRunning(f"no server {name!r} runs here ({directory.path}); start one: sparseflow-daemon STORE")
+        raise ServerNotRunning(f"no server {name!r} runs here ({directory.path}); {directory.remedy}")
     context = zmq.Context()
     try:
         sock = context.socket(zmq.DEALER)
@@ -30,13 +30,17 @@ def ask_status(name: str, timeout_s: float = 5.0) -> dict[str, Any]:
         while (left_s := deadline - time.monotonic()) > 0:
             if not sock.poll(min(int(1000 * left_s) + 1, 200)):
                 if not directory.is_alive():
-                    raise ServerNotRunning(f"server {name!r} has just ended; start it again: sparseflow-daemon STORE")
+                    raise ServerNotRunning(f"server {name!r} has just ended; {directory.remedy}")
                 continue
             match decode(sock.recv()):
                 case StatusReply(content=content):
                     return content
                 case ErrorReply(code=code, text=text):
                     raise of_wire_code(code, text)
-        raise NoAnswer(f"server {name!r} (pid {directory.owner()}) said nothing within {timeout_s:g} s; is it stopped?")
+        pid = directory.owner()
+        raise NoAnswer(
+            f"server {name!r} (pid {pid}) said nothing within {timeout_s:g} s; if it was stopped, kill -CONT {pid}; "
+            f"else see its log, and end it: kill -9 {pid}"
+        )
     finally:
         context.destroy(linger=0)

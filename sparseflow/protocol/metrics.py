@@ -38,7 +38,7 @@ _GAUGES = (
     ("disk_bundles_per_read", "Bundles that a read brings on average.", "disk bundles_per_read"),
     ("disk_latency_p50_seconds", "Time that reading a layer's bundles took lately, median.", "disk latency_p50_s"),
     ("disk_latency_p99_seconds", "Time that reading a layer's bundles took lately, 99 %.", "disk latency_p99_s"),
-    ("sessions_limit", "Sessions that each model has a share of the arena for.", "max_sessions"),
+    ("sessions_limit", "Sessions of each model that there can be: each has a share of its arena.", "max_sessions"),
 )
 _COUNTERS = (
     ("tokens_total", "Tokens decoded by all sessions, those that are over included.", "tokens"),
@@ -222,6 +222,8 @@ def _models(families: _Families, content: dict[str, Any]) -> "Iterator[Metric]":
     yield families.gauge("model_info", "What is served.", infos, "model", "dtype", "weights")
     regions = [((*key, region), nbytes) for key, model in models.items() for region, nbytes in model["nbytes"].items()]
     yield families.gauge("model_memory_bytes", "A model's shared memory.", regions, "model", "region")
+    sessions = [(key, model.get("n_sessions")) for key, model in models.items()]
+    yield families.gauge("model_sessions", "Sessions of a model that are open.", sessions, "model")
     slots = [(key, model["n_slots"]) for key, model in models.items()]
     yield families.gauge("model_slots", "Bundles that a model's arena has room for.", slots, "model")
     residents = [(key, model["n_resident"]) for key, model in models.items()]

@@ -36,10 +36,12 @@ def require_private(folder: Path) -> None:
         NotPermitted: others could put sockets of theirs there.
     """
     found = os.stat(folder, follow_symlinks=False)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if not is_ours or found.st_mode & 0o077:
+        remedy = f"chmod 700 {folder}" if is_ours else "remove it"  # ours may hold the sockets of a living server
         raise NotPermitted(
             f"{folder}: must be a folder of user {os.getuid()} and of mode 0700, is of user {found.st_uid} and mode "
-            f"{found.st_mode & 0o7777:04o}; remove it, or name another in SPARSEFLOW_RUNTIME_DIR"
+            f"{found.st_mode & 0o7777:04o}; {remedy}, or name another in SPARSEFLOW_RUNTIME_DIR"
         )
 
 
@@ -68,6 +70,11 @@ class RunDirectory:
                 "set SPARSEFLOW_RUNTIME_DIR to a shorter one"
             )
         return directory
+
+    @property
+    def remedy(self) -> str:
+        """What to do where no server of that name runs."""
+        return f"start one: sparseflow-daemon STORE --name {self.name}"
 
     @property
     def lock(self) -> Path:
@@ -113,7 +120,13 @@ class RunDirectory:
 
 def server_names() -> list[str]:
     """Names of servers that run here, or left their folder behind."""
+    return [name for name in folder_names() if _NAME.fullmatch(name)]
+
+
+def folder_names() -> list[str]:
+    """Names of all folders where servers have theirs."""
     try:
-        return sorted(entry.name for entry in os.scandir(runtime_dir()) if entry.is_dir(follow_symlinks=False))
+        with os.scandir(runtime_dir()) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
     except OSError:
         return []

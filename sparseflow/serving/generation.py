@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from sparseflow.errors import BadRequest, PromptTooLong
+from sparseflow.models.kv_prefix import KVPrefix
 from sparseflow.serving.messages import Alive, Begun, Cancelled, Finished, Job, Message, Piece, ScoredToken
 from sparseflow.serving.sampling import Sampler
 from sparseflow.serving.text_stream import Shown, TextStream
@@ -38,8 +38,7 @@ class Generator:
         self._names = TokenNames(tokenizer)
         eos = model.generation_config.eos_token_id
         self._eos_ids: list[int] = [eos] if isinstance(eos, int) else list(eos or [])
-        self._cache = self._new_cache()
-        self._cached_ids: list[int] = []
+        self._kept = KVPrefix(model.config)
 
     @torch.inference_mode()
     def run(self, job: Job, tell: Callable[[Message], None], is_cancelled: Callable[[], bool]) -> None:
@@ -57,14 +56,16 @@ class Generator:
         ids = self._prompt_ids(job)
         max_tokens = self._require_room(job, len(ids))
         scores_prompt = job.echo and job.logprobs is not None
-        n_cached = self._keep_common(ids, scores_prompt)
+        if scores_prompt:
+            self._kept.forget()
+        n_cached = self._kept.keep(ids)
         tell(Begun(job.id, len(ids), n_cached))
         try:
             prompt_scores = self._read_prompt(job, ids, tell, require_wanted, scores_prompt)
             stream = self._echo(job, ids, prompt_scores, tell)
             self._continue(job, ids, max_tokens, stream, tell, require_wanted)
         except BaseException:
-            self._cache, self._cached_ids = self._new_cache(), []  # a step may have been left half done
+            self._kept.forget()  # a step may have been left half done
             raise
 
     # --- the prompt
@@ -108,18 +109,6 @@ class Generator:
             )
         return left if job.max_tokens is None else job.max_tokens
 
-    def _keep_common(self, ids: Sequence[int], scores_prompt: bool) -> int:
-        """Cut the cache back to what this prompt shares with the text before; its length."""
-        n_common = 0
-        if not scores_prompt:
-            pairs = zip(ids[:-1], self._cached_ids, strict=False)
-            n_common = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ids) - 1, len(self._cached_ids)))
-        if n_common:
-            self._cut(n_common)
-        else:
-            self._cache, self._cached_ids = self._new_cache(), []
-        return n_common
-
     def _read_prompt(
         self,
         job: Job,
@@ -130,7 +119,7 @@ class Generator:
     ) -> list[ScoredToken]:
         """Compute the prompt but for its last token; the scores of its tokens where they are asked for."""
         scored = [self._scored(ids[0], None, job)] if scores_prompt else []
-        while (n_done := len(self._cached_ids)) < len(ids) - 1:
+        while (n_done := len(self._kept.ids)) < len(ids) - 1:
             require_wanted()
             chunk = ids[n_done : min(n_done + _CHUNK, len(ids) - 1)]
             logits = self._step(chunk, all_logits=scores_prompt)
@@ -198,16 +187,8 @@ class Generator:
     def _step(self, ids: Sequence[int], all_logits: bool = False) -> Tensor:
         """Append these tokens; logits of all of them, or of the last, (n, vocab_size)."""
         given = torch.tensor([ids], device=self._model.device)
-        output = self._model(given, past_key_values=self._cache, use_cache=True, logits_to_keep=0 if all_logits else 1)
-        self._cached_ids += ids
+        n_logits = 0 if all_logits else 1  # 0: all
+        output = self._model(given, past_key_values=self._kept.cache, use_cache=True, logits_to_keep=n_logits)
+        self._kept.ids += ids
         logits: Tensor = output.logits[0]
         return logits
-
-    def _cut(self, length: int) -> None:
-        n_too_many = len(self._cached_ids) - length
-        if n_too_many > 0:
-            self._cache.crop(-n_too_many)
-            del self._cached_ids[length:]
-
-    def _new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self._model.config)

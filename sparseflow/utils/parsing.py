@@ -1,12 +1,39 @@
-"""How the commands' parsers speak: help with units, defaults and examples; wrong usage in one line."""
+"""How the commands' parsers read and speak: values, help with units, defaults and examples, wrong usage in one line."""
 
 import argparse
+import math
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import NoReturn
+
+from sparseflow.errors import BadRequest
+from sparseflow.utils.sizes import parse_size
 
 EXIT_USAGE = 2
 _NO_DEFAULTS = (None, False, argparse.SUPPRESS)
+
+
+def number(convert: Callable[[str], float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    """What argparse shall make of a text: a number from `least` to `most`; anything else is wrong usage."""
+
+    def parse(text: str) -> float:
+        value = convert(text)
+        if not least <= value <= most:
+            limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give a number {limits}")
+        return value
+
+    parse.__name__ = convert.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+def size(text: str) -> int:
+    """What argparse shall make of a size, in bytes."""
+    try:
+        return parse_size(text)
+    except BadRequest as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -46,8 +73,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process, with the exit code of wrong usage."""
-        command = self.prog.split(" ", 1)[1] + ": " if " " in self.prog else ""
-        self.exit(EXIT_USAGE, f"sparseflow: error: {command}{one_line(message)}; `{self.prog} --help` tells more\n")
+        program, _, command = self.prog.partition(" ")
+        where = f"{command}: " if command else ""
+        self.exit(EXIT_USAGE, f"{program}: error: {where}{one_line(message)}; `{self.prog} --help` tells more\n")
 
 
 def one_line(text: object) -> str:
@@ -55,6 +83,6 @@ def one_line(text: object) -> str:
     return " ".join(map(str.strip, str(text).splitlines()))
 
 
-def tell_error(text: object) -> None:
+def tell_error(text: object, program: str = "sparseflow") -> None:
     """The one line of an error, on stderr."""
-    print(f"sparseflow: error: {one_line(text)}", file=sys.stderr)
+    print(f"{program}: error: {one_line(text)}", file=sys.stderr)

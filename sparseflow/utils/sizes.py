@@ -11,10 +11,13 @@ _FORM = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<prefix>[kmgt])(?P<rest>i?b)
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, what: str = "memory") -> int:
     """Bytes, from a number or from a text such as `6GiB`, `1.5GiB`, `512M`, `6GB`, `6442450944`.
 
     `GB` is 10^9, `GiB` 2^30, and so is `G` alone; upper and lower case are the same.
+
+    Args:
+        what: it is the size of, for the error.
 
     Raises:
         BadRequest: anything else.
@@ -25,7 +28,7 @@ def parse_size(text: str | int) -> int:
         nbytes = 0
     if nbytes <= 0:
         raise BadRequest(
-            f"memory {text!r}: write a size above 0 with its unit, such as {SIZE_FORMS}; or auto, where that is allowed"
+            f"{what} {text!r}: write a size above 0 with its unit, such as {SIZE_FORMS}; or auto, where that is allowed"
         )
     return nbytes
 

@@ -1,5 +1,6 @@
 """The tokenizer that travels with a model."""
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,18 @@ def tokenizer_of(model_files: Mapping[str, bytes]) -> "PreTrainedTokenizerBase":
                 "checkpoint folder and convert again"
             ) from error
     return tokenizer
+
+
+def require_texts(files: Sequence[Path]) -> None:
+    """What can be said of files of text before any is read.
+
+    Raises:
+        DiskError: one cannot be read.
+    """
+    for path in files:
+        if path.is_dir() or not os.access(path, os.R_OK):
+            reason = "is a folder" if path.is_dir() else "may not be read" if path.exists() else "no such file"
+            raise DiskError(f"{path}: cannot be read as text ({reason}); give a file in UTF-8")
 
 
 def token_windows(

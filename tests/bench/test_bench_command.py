@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def test_quick_mode_adds_up(tmp_path: Path, cases: tuple[str, ...]) -> None:
     rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
     assert [row["case"] for row in rows] == list(cases)
     assert figure.with_name("figure.svg").exists()
+
+
+def test_a_store_is_no_checkpoint_to_measure(
+    family_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(family_store("base"))]) == 2
+    assert "is a store; give the checkpoint that it was made from, and this as --store" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_one_error(
+    family_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(family_checkpoint("base"), tmp_path / "tiny"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+    assert main(["bench", str(folder), "--quick", "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("sparseflow: error:") == 1
+    assert "cannot be converted: " in err
+    assert "'gelu'" in err
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from child_process import run_forked
 from terminal import Terminal
 
@@ -30,8 +31,8 @@ def run(words):
 
 """
 BARS = {
-    "convert": ["convert:"],
-    "verify": ["verify:"],
+    "convert": ["loading torch:", "convert:"],
+    "verify": ["checksums:"],
     "generate": ["opening ", "reading the prompt:"],
     "calibrate": ["opening ", "calibrate:", "layer 0: run:", "train:"],
     "eval": ["opening ", "evaluate:"],
@@ -46,16 +47,27 @@ def program(demo_model: Path, tmp_path: Path, lines: Sequence[str]) -> str:
     return PROGRAM.format(paths=paths) + "\n".join(lines)
 
 
-def shown_in_a_terminal(code: str) -> str:
-    with Terminal(code, WITHOUT_PAUSES) as terminal:
-        exit_code, shown = terminal.read_to_end(240)
-    assert exit_code == 0, shown
-    return shown
+@pytest.fixture(scope="module")
+def shown(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """By all commands, by some with --quiet, by some with the variable: one process, which loads torch once."""
+    lines = [
+        "for words in commands: run(words)",
+        "print('PART')",
+        "store += '-2'",
+        "some = (['convert', checkpoint, store], ['verify', store], ['generate', store, '--prompt', 'To be'])",
+        "for words in some: run(words + ['--quiet'])",
+        "print('PART')",
+        "os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'",
+        "for words in some[1:]: run(words)",
+    ]
+    with Terminal(program(demo_model, tmp_path_factory.mktemp("bars"), lines), WITHOUT_PAUSES) as terminal:
+        exit_code, text = terminal.read_to_end(240)
+    assert exit_code == 0, text
+    return text.split("PART")
 
 
-def test_each_long_step_has_a_bar(demo_model: Path, tmp_path: Path) -> None:
-    shown = shown_in_a_terminal(program(demo_model, tmp_path, ["for words in commands: run(words)"]))
-    parts = shown.split("begin ['")[1:]
+def test_each_long_step_has_a_bar(shown: list[str]) -> None:
+    parts = shown[0].split("begin ['")[1:]
     assert len(parts) == len(BARS)
     for part in parts:
         (bars,) = (bars for command, bars in BARS.items() if part.startswith(command))
@@ -63,15 +75,10 @@ def test_each_long_step_has_a_bar(demo_model: Path, tmp_path: Path) -> None:
             assert bar in part, part
 
 
-def test_there_is_none_where_they_are_not_wanted(demo_model: Path, tmp_path: Path) -> None:
-    lines = [
-        "for words in commands[:3]: run(words + ['--quiet'])",
-        "os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'",
-        "for words in commands[1:3]: run(words)",
-    ]
-    shown = shown_in_a_terminal(program(demo_model, tmp_path, lines))
-    assert shown.count("begin") == 5
-    assert not [bar for bars in BARS.values() for bar in bars if bar in shown]
+@pytest.mark.parametrize(("part", "n_commands"), [(1, 3), (2, 2)], ids=["quiet", "variable"])
+def test_there_is_none_where_they_are_not_wanted(shown: list[str], part: int, n_commands: int) -> None:
+    assert shown[part].count("begin") == n_commands
+    assert not [bar for bars in BARS.values() for bar in bars if bar in shown[part]]
 
 
 def test_there_is_none_where_nobody_looks(fork_server: None, demo_model: Path, tmp_path: Path) -> None:

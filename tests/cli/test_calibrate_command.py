@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseflow.cli.main import EXIT_OK, EXIT_USAGE, main
+from sparseflow.cli.main import EXIT_FAILED, EXIT_OK, EXIT_USAGE, main
 
 
 def test_calibrate_shows_what_it_chose_and_generate_uses_it(
@@ -37,5 +37,8 @@ def test_a_table_marks_the_predictor_chosen_for_each_layer(
 
 
 def test_a_recall_that_cannot_be_is_wrong_usage(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["calibrate", str(demo_model), "--text", "/nowhere", "--recall", "2"]) == EXIT_USAGE
+    text = str(demo_model / "heldout.txt")
+    assert main(["calibrate", str(demo_model), "--text", text, "--recall", "0.5"]) == EXIT_USAGE
     assert "between 0.8 and 0.999" in capsys.readouterr().err
+    assert main(["calibrate", str(demo_model), "--text", "/nowhere", "--recall", "0.9"]) == EXIT_FAILED
+    assert "/nowhere: cannot be read as text" in capsys.readouterr().err

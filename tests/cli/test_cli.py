@@ -1,6 +1,7 @@
 """The command line: results on stdout, errors in one line on stderr, and the documented exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from child_process import start_forked
 import sparseflow
 from sparseflow.cli.main import build_parser, main
 from sparseflow.core.config import OffloadStrategy
+from sparseflow.engine.memory_plan import fixed_nbytes, least_nbytes
+from sparseflow.store.manifest import Manifest
+from sparseflow.utils.sizes import format_size
 
 Capture = pytest.CaptureFixture[str]
 
@@ -44,12 +48,30 @@ def test_python_m_is_the_same_command() -> None:
     assert json.loads(result.stdout) == {"version": sparseflow.__version__}
 
 
-def test_info_describes_a_model(demo_model: Path, capsys: Capture) -> None:
-    assert main(["info", "--json", "--model", str(demo_model), "--cache-ratio", "0.5"]) == 0
+@pytest.mark.parametrize("words", [["--model", "MODEL", "--cache-ratio", "0.5"], ["MODEL", "--gpu-cache-ratio", "0.5"]])
+def test_info_describes_a_model(words: list[str], demo_model: Path, capsys: Capture) -> None:
+    assert main(["info", "--json", *(str(demo_model) if word == "MODEL" else word for word in words)]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["num_layers"] == 8
     assert facts["bundle_nbytes"] == 2 * 256 * 2
     assert facts["gpu_neurons_per_layer"] == 512
+    assert facts["layer_sparsity_map"] is None
+
+
+def test_info_says_what_memory_a_store_takes_in_units(demo_store: Path, capsys: Capture) -> None:
+    assert main(["info", str(demo_store)]) == 0
+    facts = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    manifest = Manifest.load(demo_store)
+    assert facts["all_in_memory"] == format_size(fixed_nbytes(manifest) + manifest.nbytes_under("neurons/"))
+    assert facts["least_memory"] == format_size(least_nbytes(manifest))
+    assert facts["neurons"] == format_size(manifest.profile.neurons_nbytes)
+    assert facts["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert "None" not in facts.values()
+
+
+@pytest.mark.parametrize("command", ["info", "demo"])
+def test_a_model_is_named_once(command: str, demo_model: Path, capsys: Capture) -> None:
+    assert "one and --model two: give one of them" in failed([command, "one", "--model", "two"], 2, capsys)
 
 
 def test_demo_streams_text_and_ends_with_the_table(capsys: Capture) -> None:
@@ -91,6 +113,11 @@ def test_convert_then_verify_then_generate(checkpoint: Path, tmp_path: Path, cap
     assert result["recall_samples"] > 0
 
 
+def test_a_store_is_not_converted_to_another_dtype(demo_store: Path, capsys: Capture) -> None:
+    line = failed(["convert", str(demo_store), "--dtype", "float16"], 2, capsys)
+    assert "holds float32, float16 is asked for" in line
+
+
 def test_generate_is_repeatable_under_a_seed(checkpoint: Path, capsys: Capture) -> None:
     texts = []
     for _ in range(2):
@@ -115,14 +142,9 @@ def test_verify_names_every_damaged_file(checkpoint: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--cpu-cache-ratio", "1.5"], 2, "cpu_cache_ratio=1.5"),
-        (["--io", "tape"], 2, "io='tape': .*auto, direct, buffered, map"),
-        (["--dtype", "int8"], 2, "dtype 'int8'.*float16, bfloat16, float32"),
-        (["--fidelity", "perfect"], 2, "'perfect'.*exact"),
-        (["--memory", "lots"], 2, "memory 'lots'.*6GiB"),
         (["--memory", "1KiB"], 1, r"allowed are 1KiB.*allow more"),
-        (["--activation-threshold", "-1"], 2, "activation_threshold=-1"),
         (["--max-new-tokens", "500"], 2, "64 positions.*lower max_new_tokens"),
+        (["--activation-threshold", "inf"], 2, "activation_threshold=inf"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(
@@ -158,7 +180,19 @@ def test_a_model_without_tokenizer_says_what_to_do(family_checkpoint: Callable[.
         (["store", "--threads", "0"], "at least 1"),
         (["store", "--top-p", "7"], "between 0 and 1"),
         (["store", "--temperature", "nan"], "nan is out of range"),
-        (["store", "--audit", "often"], "invalid int value: 'often'"),
+        (["store", "--audit", "often"], "'often'"),
+        (
+            ["store", "--cpu-cache-ratio", "1.5"],
+            "--cpu-cache-ratio: 1.5 is no share: give a number above 0 and at most 1",
+        ),
+        (["store", "--gpu-cache-ratio", "none"], "--gpu-cache-ratio: none is no share"),
+        (["store", "--io", "tape"], "--io: invalid choice: 'tape' (choose from 'auto', 'direct', 'buffered', 'map')"),
+        (["store", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["store", "--fidelity", "perfect"], "'perfect': give one of exact, certified, calibrated, dense, or"),
+        (["store", "--memory", "lots"], "--memory: size 'lots': write a size above 0 with its unit, such as 6GiB"),
+        (["store", "--device-memory", "0"], "--device-memory: size '0': write a size above 0"),
+        (["store", "--device", "tpu"], "--device: 'tpu' is no device: give cpu, cuda, or cuda:N"),
+        (["store", "--activation-threshold", "-1"], "--activation-threshold: -1 is out of range"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_and_says_what_is_right(arguments: list[str], message: str, capsys: Capture) -> None:
@@ -173,6 +207,10 @@ def test_wrong_usage_is_exit_code_2_and_says_what_is_right(arguments: list[str],
     [
         ([], 2, "name either a STORE or a --server"),
         (["store", "--server", "name"], 2, "name either a STORE or a --server"),
+        (["--model", "name"], 2, "--model name is one of a server's; name that with --server, or give a store"),
+        (["./store", "--prompt", "a"], 1, "./store: no such folder"),
+        (["--server", "name", "--io", "auto"], 2, "--io auto: the server decides that"),
+        (["--server", "name", "--aggressive-offload"], 2, "--aggressive-offload: the server decides that"),
         (["--server", "name", "--memory", "6GiB"], 2, "--memory 6GiB: the server decides that"),
         (["--server", "nobody-has-this-name"], 3, "no server 'nobody-has-this-name' runs here"),
     ],
@@ -192,6 +230,38 @@ def test_status_of_a_server_that_does_not_run_is_exit_code_3(capsys: Capture) ->
 def test_an_unknown_log_level_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("SPARSEFLOW_LOG", "loud")
     assert "SPARSEFLOW_LOG=LOUD" in failed(["version"], 2, capsys)
+
+
+@pytest.mark.parametrize("words", [["version"], ["version", "--json"]])
+def test_a_reader_that_is_gone_at_once_is_no_crash(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code, log = run_to(words, writing)
+    assert (code, log) == (1, "")
+
+
+@pytest.mark.parametrize("words", [["version"], ["version", "--json"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_line(words: list[str], unbuffered: str) -> None:
+    code, log = run_to(words, os.open("/dev/full", os.O_WRONLY), unbuffered)
+    assert (code, log) == (1, "sparseflow: error: standard output cannot be written (No space left on device)\n")
+
+
+def run_to(words: list[str], stdout: int, unbuffered: str = "") -> tuple[int, str]:
+    """Run a command that writes there, which is closed; its exit code, and stderr."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "sparseflow", *words],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    finally:
+        os.close(stdout)
+    return done.returncode, done.stderr
 
 
 def test_a_reader_that_stops_reading_is_no_crash(fork_server: None, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def complete(tmp_path: Path, capsys: Capture) -> Complete:
         (["generate", "--temp"], ["--temperature"]),
         (["generate", "--cpu"], ["--cpu-cache-ratio"]),
         (["generate", "store", "--eviction", ""], ["fifo", "lfu", "lru"]),
+        (["generate", "store", "--io", "b"], ["buffered"]),
+        (["convert", "store", "--dtype", ""], ["bfloat16", "float16", "float32"]),
         (["chat", "store", "--log-format", "j"], ["json"]),
         (["completion", ""], ["bash", "tcsh", "zsh"]),
         (["trace", "rec"], ["record"]),
@@ -65,7 +67,7 @@ def test_paths_are_completed_where_paths_belong(complete: Complete) -> None:
     assert complete("generate", "sto") == ["store"]  # a model is a folder
     assert complete("generate", "store", "--prompt-file", "sto") == ["store", "story.txt"]
     assert complete("verify", "sto") == ["store", "story.txt"]
-    assert complete("demo", "--model", "sto") == ["store"]
+    assert complete("demo", "--model", "sto") == complete("info", "sto") == ["store"]
     assert complete("generate", "store", "--prompt", "sto") == []
 
 

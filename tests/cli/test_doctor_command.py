@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from sparseflow.cli import doctor
-from sparseflow.cli.main import main
+from sparseflow.cli.main import build_parser, main
 from sparseflow.cuda import trials
 from sparseflow.cuda.trials import Outcome
 from sparseflow.doctor import computing, disk, gpu
 from sparseflow.doctor.finding import Check, Finding, Found, Group
+from sparseflow.utils import progress as utils_progress
 
 Capture = pytest.CaptureFixture[str]
 OF_A_DEVICE = ("device", "bandwidth", "page_lock", "ipc", "graphs", "pull", "push")
@@ -109,6 +110,11 @@ def test_driver_that_fails_to_start_is_a_problem(capsys: Capture, quick: Callabl
     assert capsys.readouterr().out.splitlines()[-1].startswith("doctor: 1 problem")
 
 
+@pytest.mark.parametrize(("word", "number"), [("3", 3), ("cuda:3", 3), ("cuda", 0)])
+def test_gpu_may_be_called_as_elsewhere(word: str, number: int) -> None:
+    assert build_parser().parse_args(["doctor", "--device", word]).device == number
+
+
 def test_number_of_no_gpu_is_wrong_usage(capsys: Capture, quick: Callable[[Outcome], None]) -> None:
     quick(Outcome(None, "device 7: 1 is visible", "BadRequest"))
     assert main(["doctor", "--device", "7"]) == 2
@@ -163,13 +169,23 @@ def test_page_has_a_line_for_a_finding_and_a_remedy_under_what_is_not_ok() -> No
     ]
 
 
-def test_bar_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    group = Group("Memory", [Check("memory", lambda: Finding("memory", "ok", "enough"))])
-    doctor.examined([group])
-    assert capsys.readouterr().err == ""
+def test_bar_is_shown_on_a_terminal_alone_once_it_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    check = Check("memory", lambda: Finding("memory", "ok", "enough"))
+    groups = [Group("Memory", [check, check])]
+
+    def shown(*, quiet: bool = False) -> str:
+        doctor.examined(groups, quiet=quiet)
+        return capsys.readouterr().err
+
+    assert shown() == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    doctor.examined([group])
-    assert re.search(r"memory: +0/1", capsys.readouterr().err)
+    assert shown() == ""
+    monkeypatch.setattr(utils_progress, "DELAY_S", 1e-9)
+    assert re.search(r"memory: .*1/2", shown())
+    assert shown(quiet=True) == ""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    assert shown() == ""
 
 
 def test_nothing_is_left_open(capsys: Capture, quick: Callable[[Outcome], None]) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from child_process import run_python
 
 from sparseflow.cli import info
 from sparseflow.cli.main import main
@@ -73,6 +75,53 @@ def test_wrong_usage_is_one_line_that_says_where_to_read(words: list[str], messa
     assert "--help`" in line
 
 
+# What is wrong on the command line, or not there, is said before the imports that take seconds.
+_AT_ONCE = """
+import contextlib, io, sys
+from sparseflow.cli.main import main
+
+for words, part in {cases!r}:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            code = main(words)
+        except SystemExit as ended:
+            code = ended.code
+    assert code and part in said.getvalue(), (words, code, said.getvalue())
+assert not {{"torch", "transformers", "numba"}} & set(sys.modules)
+"""
+
+
+def test_what_is_wrong_is_told_before_torch_is_loaded(demo_model: Path) -> None:
+    model, text = str(demo_model), str(demo_model / "heldout.txt")
+    options = (("--io", "foo"), ("--memory", "lots"), ("--fidelity", "bogus"), ("--dtype", "int3"), ("--device", "foo"))
+    cases = [(["generate", model, "--prompt", "a", *option], f"argument {option[0]}: ") for option in options]
+    for words in (["generate"], ["chat"], ["convert"], ["info"], ["demo"], ["bench"]):
+        cases.append(([*words, "./missing"], "./missing: no such folder"))
+    cases += [
+        (["generate", model, "--prompt-file", "missing"], "missing: cannot be read"),
+        (["trace", "record", model, "--out", "/nowhere/x"], "/nowhere/x: its folder does not exist"),
+        (["eval", model, "--text", "missing"], "missing: cannot be read"),
+        (["eval", "./missing", "--text", text], "./missing: no such folder"),
+        (["calibrate", model, "--text", "missing"], "missing: cannot be read"),
+        (["calibrate", "./missing", "--text", text], "./missing: no such folder"),
+    ]
+    run_python(_AT_ONCE.format(cases=cases))
+
+
+def test_ctrl_c_leaves_the_line_in_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def stop(arguments: object) -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", stop)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "\n"
+
+
 @pytest.fixture
 def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
     """`info` logs, and warns."""
@@ -90,12 +139,22 @@ def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logs_are_lines_or_json_as_asked_for(talkative: None, capsys: Capture) -> None:
     assert main(["info"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith("WARNING sparseflow.test: a word of warning")
-    assert lines[1].endswith("a thing to know")
+    assert lines == ["sparseflow: warning: a word of warning", "sparseflow: warning: a thing to know"]
     assert main(["info", "--log-format", "json"]) == 0
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert (first["level"], first["logger"], first["message"]) == ("WARNING", "sparseflow.test", "a word of warning")
     assert second["message"].startswith("a thing to know")
+
+
+def test_details_that_are_asked_for_have_time_and_logger(
+    monkeypatch: pytest.MonkeyPatch, talkative: None, capsys: Capture
+) -> None:
+    monkeypatch.setattr(info, "check", lambda arguments: logging.getLogger("sparseflow.test").info("a detail"))
+    monkeypatch.setenv("SPARSEFLOW_LOG", "INFO")
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("INFO sparseflow.test: a detail")
+    assert lines[1] == "sparseflow: warning: a word of warning"
 
 
 def test_who_calls_main_finds_his_logging_as_it_was(talkative: None) -> None:

@@ -57,8 +57,9 @@ def test_neurons_left_out_are_seen_in_the_table(demo_model: Path, text: str, cap
     assert main(["eval", str(demo_model), *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("256 tokens in windows of 256. Dense: perplexity ")
-    assert len(lines) == 3 + 3 + 8
-    ratio, recall = float(lines[2].split()[1]), float(lines[2].split()[4])
+    assert lines[1].startswith("Recall: share of the active neurons that was chosen")
+    assert len(lines) == 4 + 3 + 8
+    ratio, recall = float(lines[3].split()[1]), float(lines[3].split()[4])
     assert ratio != 1
     assert 0.9 < recall < 1
 
@@ -83,9 +84,10 @@ def test_a_calibrated_store_keeps_the_recall_asked_for(calibrated_demo_store: Pa
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--fidelity", "exact", "perfect"], 2, "'perfect'"),
         (["--window", "100000"], 2, "window 100000: give 2 to 512"),
-        (["--text", "missing.txt"], 1, "missing.txt: cannot be read as text"),
+        (["--text", "missing.txt"], 1, "missing.txt: cannot be read as text (no such file)"),
+        (["--text", "/dev"], 1, "/dev: cannot be read as text (is a folder)"),
+        (["--plot", "nowhere/figure"], 2, "nowhere/figure: its folder does not exist"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(
@@ -93,6 +95,19 @@ def test_what_cannot_be_evaluated_is_refused(
 ) -> None:
     assert main(["eval", str(demo_model), "--text", text, *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+def test_no_more_tokens_are_measured_than_asked_for(demo_model: Path, text: str, capsys: Capture) -> None:
+    assert main(["eval", str(demo_model), "--text", text, "--tokens", "5", "--fidelity", "exact", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["tokens"], result["window"]) == (5, 5)
+
+
+def test_a_fidelity_that_is_none_is_wrong_usage(text: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", "model", "--text", text, "--fidelity", "exact", "perfect"])
+    assert stopped.value.code == 2
+    assert "'perfect'" in capsys.readouterr().err
 
 
 def test_a_figure_that_cannot_be_drawn_is_refused_before_anything_runs(

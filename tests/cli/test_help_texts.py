@@ -13,8 +13,8 @@ from sparseflow.cli.main import build_parser, main
 
 Capture = pytest.CaptureFixture[str]
 
-# What a number that is given counts or measures. N: a plain count or number.
-UNITS = {"N", "SHARE", "FACTOR", "SECONDS", "SIZE", "PORT"}
+# What a number that is given counts or measures. N: a plain count or number. DEVICE: which GPU.
+UNITS = {"N", "SHARE", "FACTOR", "SECONDS", "SIZE", "PORT", "DEVICE"}
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

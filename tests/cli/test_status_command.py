@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 from made_status import GPU_CHILD, SHARED_DENSE, made_model, made_session, made_status
 
+from sparseflow.cli.main import main
 from sparseflow.cli.status import _fitted, _frame, page
+from sparseflow.errors import NoAnswer, ServerNotRunning
+
+Capture = pytest.CaptureFixture[str]
 
 
 def line(text: str, begin: str) -> str:
@@ -22,7 +26,8 @@ def test_page_says_how_the_server_and_its_memory_are() -> None:
     text = page(made_status())
     assert text.startswith("server s: ready, pid 77, up 0:01:40, version 1.2.3, epoch abc\n")
     assert "hit rate 88%, 17 evictions" in line(text, "arena")
-    assert "11 reads of 2.5 bundles" in line(text, "disk")
+    assert line(text, "disk").endswith("11 reads of 2.5 bundles; reading a layer takes 2.0 ms, 99 % under 50.0 ms")
+    assert line(text, "sessions").endswith("1 (at most 8 for each model)")
     assert line(text, "threads").endswith("2, all well")
     assert "40 of 50 slots used" in line(text, "model")
     assert line(text, "hits by layer").split()[3:] == ["50%", "75%"]
@@ -46,7 +51,7 @@ def test_what_is_unknown_is_said_to_be_and_is_never_0() -> None:
     text = page(status)
     assert "n/a of the stores in the page cache" in text
     assert "hit rate n/a" in text
-    assert "a layer's take n/a, at worst n/a" in text
+    assert "reading a layer takes n/a, 99 % under n/a" in text
     assert text.splitlines()[-2].split()[4:6] == ["n/a", "n/a"]
 
 
@@ -107,6 +112,53 @@ def test_single_look_says_nothing_of_rates_and_pages_of_one_watch_have_the_same_
     assert "  now" not in page(made_status())
     first, second = page(made_status(), is_watching=True), page(later(1), made_status(), is_watching=True)
     assert len(first.splitlines()) == len(second.splitlines())
+
+
+# --- watching
+
+
+GONE, STUCK = ServerNotRunning("no server"), NoAnswer("said nothing")
+
+
+@pytest.mark.parametrize(
+    ("looks", "code", "n_pages", "said"),
+    [
+        ([made_status(), GONE, GONE, made_status()], 0, 2, ["server s: no server; waiting"]),
+        ([made_status(), STUCK, made_status()], 0, 2, ["server s: no answer; waiting"]),
+        ([made_status(), made_status(), KeyboardInterrupt()], 0, 2, []),
+        ([made_status(state="degraded", reasons=["x"]), made_status()], 0, 2, []),
+        ([made_status(), made_status(state="degraded", reasons=["x"])], 1, 2, []),
+        ([made_status(), GONE], 3, 1, ["sparseflow: error: no server"]),
+        ([GONE], 3, 0, ["sparseflow: error: no server"]),
+        ([STUCK], 4, 0, ["sparseflow: error: said nothing"]),
+    ],
+)
+def test_watch_that_has_begun_goes_on_until_its_last_look_or_ctrl_c(
+    looks: list[Any], code: int, n_pages: int, said: list[str], monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    def ask_status(*_: object) -> dict[str, Any]:
+        look = left.pop(0)
+        if isinstance(look, BaseException):
+            raise look
+        return dict(look)
+
+    monkeypatch.setattr("sparseflow.protocol.inquiry.ask_status", ask_status)
+    for words in ([], ["--json"]):
+        left = [*looks]
+        count = ["--count", str(len(looks))]
+        assert main(["status", "--server", "s", "--watch", "0.1", *count, *words]) == code
+        out, err = capfd.readouterr()
+        told = [text for text in said if text in (err if words or "error" in text else out)]
+        assert told == said
+        assert out.count('"status_version"' if words else "server s: ready") + out.count("server s: degr") == n_pages
+
+
+def test_ctrl_c_at_a_single_look_is_no_end_that_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask_status(*_: object) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparseflow.protocol.inquiry.ask_status", ask_status)
+    assert main(["status", "--server", "s"]) == 130
 
 
 # --- how it fits

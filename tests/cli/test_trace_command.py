@@ -128,7 +128,10 @@ def test_replay_compares_budgets(recorded: Path, capsys: Capture) -> None:
         (["replay", "TRACE", "--policies", "best"], "policy 'best': one of"),
         (["replay", "TRACE", "--slots-ratio", "0"], "0 slots"),
         (["record", "MODEL", "--out", "nowhere/trace"], "nowhere/trace: its folder does not exist"),
-        (["record", "MODEL", "--out", "trace", "--fidelity", "best"], "fidelity 'best'"),
+        (["record", "MODEL", "--out", "."], ".: is a folder; give a file in it"),
+        (["record", "MODEL", "--out", "trace", "--text", "missing.txt"], "missing.txt: cannot be read as text"),
+        (["record", "./missing", "--out", "trace"], "./missing: no such folder"),
+        (["record", "MODEL", "--out", "trace", "--dtype", "float32"], "holds float16, float32 is asked for"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(

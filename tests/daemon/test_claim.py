@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from sparseflow_daemon.claim import Claim
 
-from sparseflow.errors import NotPermitted, ServerError
+from sparseflow.errors import DiskError, NotPermitted, ServerError
 from sparseflow.protocol.run_directory import RunDirectory
 
 DEADLINE_S = 20.0
@@ -83,6 +83,22 @@ def test_runtime_directory_is_made_where_there_is_none(monkeypatch: pytest.Monke
     claim = Claim(RunDirectory.of("one"))
     assert (runtime / "a" / "b").stat().st_mode & 0o777 == 0o700
     claim.release()
+
+
+@pytest.mark.parametrize("folder", ["/proc/nope", "file/below"])
+def test_runtime_directory_that_cannot_be_made_is_said_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, runtime: Path, folder: str
+) -> None:
+    (runtime / "file").touch()
+    monkeypatch.setenv("SPARSEFLOW_RUNTIME_DIR", str(runtime / folder))
+    with pytest.raises(DiskError, match=rf"{folder}: cannot be made \(.*; set SPARSEFLOW_RUNTIME_DIR to a folder of"):
+        Claim(RunDirectory.of("one"))
+
+
+def test_file_where_a_server_s_folder_would_be_is_named(runtime: Path) -> None:
+    (runtime / "one").touch(mode=0o600)
+    with pytest.raises(NotPermitted, match=f"{runtime / 'one'}: must be a folder"):
+        Claim(RunDirectory.of("one"))
 
 
 def test_second_claim_of_a_name_is_refused_and_told_whose_it_is() -> None:

@@ -38,7 +38,8 @@ def test_where_no_server_ever_ran_all_is_ok(host: Host) -> None:
 def test_server_that_is_ready_is_ok(server: ServerProcess) -> None:
     found = told()
     assert found.verdict == "ok"
-    assert found.text == f"ready, pid {server.pid}, version {sparseflow.__version__}, self-describing, 0 of 8 sessions"
+    told_of = f"ready, pid {server.pid}, version {sparseflow.__version__}, self-describing"
+    assert found.text == f"{told_of}, 0 sessions (at most 8 for each model)"
 
 
 def test_degraded_server_is_a_problem_with_its_reasons(host: Host, shards: ServedShards) -> None:
@@ -103,7 +104,7 @@ def test_server_that_loads_is_a_note(server: ServerProcess, monkeypatch: pytest.
 
 
 def test_server_that_ends_meanwhile_is_a_note(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "server_names", lambda: ["gone"])
+    monkeypatch.setattr(servers, "folder_names", lambda: ["gone"])
     assert (told("gone").verdict, told("gone").text) == ("note", "has just ended")
 
 
@@ -138,7 +139,7 @@ def test_runtime_directory_of_another_mode_is_a_problem(host: Host, mode: int) -
     found = servers.runtime_directory()
     assert found.verdict == "problem"
     assert f"mode {mode:04o}" in found.text
-    assert found.remedy.startswith("remove it, or name another")
+    assert found.remedy.startswith(f"chmod 700 {host.runtime_dir}, or name another")
 
 
 def test_runtime_directory_of_another_user_is_a_problem(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

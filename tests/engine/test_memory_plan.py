@@ -24,6 +24,7 @@ from sparseflow.engine.memory_plan import (
     DENSE_PART_NBYTES,
     LEAST_SHARE,
     free_memory,
+    least_nbytes,
     plan_memory,
     total_memory,
 )
@@ -54,6 +55,13 @@ def manifest() -> Manifest:
         files[shard_name(layer)] = entry(BUNDLES_NBYTES)
         files[predictor_name(layer)] = entry(CODES_NBYTES)
     return Manifest(PROFILE, files, {})
+
+
+def test_the_least_memory_is_what_a_plan_can_just_be_made_in(manifest: Manifest) -> None:
+    least = least_nbytes(manifest)
+    assert plan_memory(STORE, manifest, least).n_slots == -(-N_BUNDLES // 100)
+    with pytest.raises(NotEnoughMemory):
+        plan_memory(STORE, manifest, least - 1)
 
 
 def n_slots_of(manifest: Manifest, memory: str | int, **strategy: Any) -> int | None:
@@ -142,7 +150,7 @@ def test_fewer_bundles_wanted_than_the_least_share_are_no_reason_to_refuse(manif
 
 @pytest.mark.parametrize("memory", ["lots", "6 gigabytes", "-1GiB", "0MiB", 0, -5, "nanGiB", "infGiB", ""])
 def test_what_is_no_size_is_refused(manifest: Manifest, memory: str | int) -> None:
-    with pytest.raises(BadRequest, match="6GiB or 512MiB"):
+    with pytest.raises(BadRequest, match="6GiB or 6G"):
         n_slots_of(manifest, memory)
 
 

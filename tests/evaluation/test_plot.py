@@ -68,7 +68,7 @@ def test_without_matplotlib_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_table_has_a_line_for_each_fidelity_and_layer(result: dict[str, Any]) -> None:
     lines = report(result).splitlines()
-    assert len(lines) == 2 + 3
-    assert lines[3].split()[:2] == ["calibrated:0.9", "1.00210"]
-    assert "0.99123 ± 0.00120" in lines[3]
-    assert len(report(result, by_layer=True).splitlines()) == 2 + 3 + 3 * 4
+    assert len(lines) == 3 + 3
+    assert lines[4].split()[:2] == ["calibrated:0.9", "1.00210"]
+    assert "0.99123 ± 0.00120" in lines[4]
+    assert len(report(result, by_layer=True).splitlines()) == 3 + 3 + 3 * 4

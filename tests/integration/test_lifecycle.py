@@ -251,8 +251,8 @@ def test_a_store_that_does_not_exist_is_named(host: Host, tmp_path: Path) -> Non
         ("cpu_cache_ratio", 0, "above 0"),
         ("io", "osmosis", "direct"),
         ("eviction", "random", "lru"),
-        ("max_sessions", 0, "above 0"),
-        ("drain_timeout", -1, "0 or more"),
+        ("max_sessions", 0, "at least 1"),
+        ("drain_timeout", -1, "at least 0"),
         ("name", "a/b", "letters"),
     ],
 )

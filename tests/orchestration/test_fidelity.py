@@ -8,8 +8,8 @@ import torch
 from opt_family import FAMILY, random_ids
 
 from sparseflow import DiskWeightStore, OffloadStrategy, SparseFlowConfig, SparseOPTForCausalLM
+from sparseflow.core.fidelity_name import Fidelity
 from sparseflow.errors import BadRequest, DiskError
-from sparseflow.orchestration.fidelity import Fidelity
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,13 @@ def test_a_fidelity_is_parsed(text: str, meant: Fidelity) -> None:
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="fidelity"):
         Fidelity.parse(text)
+
+
+def test_what_only_tests_ask_for_is_not_offered() -> None:
+    with pytest.raises(BadRequest) as refused:
+        Fidelity.parse("approximate")
+    assert "oracle" not in str(refused.value)
+    assert Fidelity.parse("oracle") == Fidelity("oracle")
 
 
 def test_a_recall_beyond_what_was_calibrated_is_refused(calibrated_demo_store: Path) -> None:

@@ -111,6 +111,7 @@ def test_all_that_a_status_counts_is_there() -> None:
         ("model_info", {"model": "opt", "dtype": "float16", "weights": "0940f8db98816588"}, 1),
         ("model_memory_bytes", {"model": "opt", "region": "dense"}, 700),
         ("model_resident_bundles", {"model": "opt"}, 40),
+        ("model_sessions", {"model": "opt"}, 1),
         ("layer_hit_ratio", {"model": "opt", "layer": "2"}, 0.75),
         ("session_tokens_total", {"pid": "4242", "model": "opt"}, 31),
         ("session_disk_read_bytes_total", {"pid": "4242", "model": "opt"}, 8192),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparseflow.errors import BadRequest, NotPermitted
-from sparseflow.protocol.run_directory import RunDirectory, require_private, runtime_dir, server_names
+from sparseflow.protocol.run_directory import RunDirectory, folder_names, require_private, runtime_dir, server_names
 
 LONGEST = 107
 DEADLINE_S = 20.0
@@ -146,7 +146,9 @@ def test_folder_of_ours_that_nobody_else_enters_is_private(tmp_path: Path) -> No
 @pytest.mark.parametrize("mode", [0o777, 0o755, 0o750, 0o705, 0o701, 0o710, 0o720, 0o1777])
 def test_folder_that_others_may_enter_is_refused(tmp_path: Path, mode: int) -> None:
     tmp_path.chmod(mode)
-    with pytest.raises(NotPermitted, match=rf"{tmp_path}: .*mode 0700, .*mode {mode:04o}; remove it, or name another"):
+    with pytest.raises(
+        NotPermitted, match=rf"{tmp_path}: .*mode 0700, .*mode {mode:04o}; chmod 700 {tmp_path}, or name"
+    ):
         require_private(tmp_path)
 
 
@@ -157,7 +159,7 @@ def test_file_and_link_are_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "file").touch(mode=0o600)
     for name in ("link", "file"):
-        with pytest.raises(NotPermitted):
+        with pytest.raises(NotPermitted, match="remove it, or name another"):
             require_private(tmp_path / name)
 
 
@@ -250,7 +252,9 @@ def test_servers_are_listed_by_their_folders(monkeypatch: pytest.MonkeyPatch, ru
     for name in ("b", "a", "c"):
         lock_of(name)
     (runtime / "file").touch()
+    (runtime / ".junk").mkdir()  # no server's, and no reason to list none
     (runtime / "link").symlink_to(runtime / "a")
     assert server_names() == ["a", "b", "c"]
+    assert folder_names() == [".junk", "a", "b", "c"]
     monkeypatch.setenv("SPARSEFLOW_RUNTIME_DIR", str(runtime / "missing"))
     assert server_names() == []

@@ -19,6 +19,12 @@ import psutil
 
 DEADLINE_S = 120.0
 
+# A turn is the speaker's name in capitals and what is said, as in the plays that the demo model has read.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}\n{{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT\n{% endif %}"
+)
+
 
 def until(found: Callable[[], Any], timeout_s: float = DEADLINE_S) -> Any:
     """What a question gives as soon as that is true."""

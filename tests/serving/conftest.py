@@ -5,13 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from api_server import ApiServer
-
-# A turn is the speaker's name in capitals and what is said, as in the plays that the demo model has read.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }}\n{{ message['content'] }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT\n{% endif %}"
-)
+from api_server import CHAT_TEMPLATE, ApiServer
 
 
 @pytest.fixture(scope="session")

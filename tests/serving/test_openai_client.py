@@ -5,8 +5,7 @@ from typing import Any
 
 import openai
 import pytest
-from api_server import ApiServer
-from conftest import CHAT_TEMPLATE
+from api_server import CHAT_TEMPLATE, ApiServer
 from jinja2 import Template
 from transformers import AutoTokenizer, OPTForCausalLM
 

@@ -211,7 +211,7 @@ def test_file_that_few_stores_have_is_looked_at_too(opener: Callable[[Path], Non
 
 def test_info_of_a_store_whose_manifest_is_a_fifo_does_not_wait(store: Path) -> None:
     fifo(store / MANIFEST_NAME)
-    arguments = argparse.Namespace(model=str(store), cache_ratio=0.3, json=True)
+    arguments = argparse.Namespace(model=str(store), gpu_cache_ratio=0.3, json=True)
     assert "is a FIFO" in refusal(lambda _store: info.run(arguments), store)  # type: ignore[arg-type, return-value]
 
 
