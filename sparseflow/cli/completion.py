@@ -1,15 +1,16 @@
 """Print a script by which a shell completes commands, options, choices and paths."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 from sparseflow.cli.arguments import model_path
+from sparseflow.utils.parsing import actions_of
 
 SHELLS = ("bash", "zsh", "tcsh")
 EXAMPLES = """\
 examples:
   source <(sparseflow completion bash)
+  source <(sparseflow-daemon --completion bash)
   sparseflow completion bash > ~/.local/share/bash-completion/completions/sparseflow
   sparseflow completion zsh > "${fpath[1]}/_sparseflow"
 """
@@ -24,9 +25,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     """The script on stdout."""
     import shtab
 
-    from sparseflow.cli.main import build_parser
-
-    parser = build_parser()
+    parser: argparse.ArgumentParser = arguments.parser  # of the whole program
     for action in actions_of(parser):
         if action.type is model_path:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
@@ -36,12 +35,3 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     if not arguments.json:
         print(script)
     return {"shell": arguments.shell, "script": script}
-
-
-def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All arguments of a parser and of those below it."""
-    for action in parser._actions:
-        yield action
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from actions_of(below)

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sparseflow.cli.completion import actions_of
 from sparseflow.cli.placement import Placement
+from sparseflow.utils.parsing import actions_of
 
 _log = logging.getLogger(__name__)
 

@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return EXIT_OK
+    arguments.parser = parser
     arguments.given = given_options(build_parser(), argv)
     try:
         with _logging(arguments.log_level, arguments.log_format):

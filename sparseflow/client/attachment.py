@@ -86,7 +86,7 @@ class Attachment:
         except OSError as error:
             raise ServerNotRunning(
                 f"no server {self.directory.name!r} runs here ({path}: {error.strerror}); "
-                f"start one: sparseflow-daemon STORE --name {self.directory.name}"
+                f"{self.directory.remedy}"
             ) from error
 
     def _ask(self, request: Attach) -> None:

@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from sparseflow.errors import BadRequest
@@ -18,7 +18,11 @@ def number(convert: Callable[[str], float], least: float, most: float = math.inf
     """What argparse shall make of a text: a number from `least` to `most`; anything else is wrong usage."""
 
     def parse(text: str) -> float:
-        value = convert(text)
+        try:
+            value = convert(text)
+        except ValueError as error:
+            kind = "a whole number" if convert is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no number: give {kind}") from error
         if not least <= value <= most:
             limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: give a number {limits}")
@@ -86,3 +90,12 @@ def one_line(text: object) -> str:
 def tell_error(text: object, program: str = "sparseflow") -> None:
     """The one line of an error, on stderr."""
     print(f"{program}: error: {one_line(text)}", file=sys.stderr)
+
+
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All arguments of a parser and of those below it."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from actions_of(below)
