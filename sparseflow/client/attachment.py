@@ -85,8 +85,7 @@ class Attachment:
             raise NoAnswer(f"{path}: nobody takes the connection within {timeout_s:g} s") from error
         except OSError as error:
             raise ServerNotRunning(
-                f"no server {self.directory.name!r} runs here ({path}: {error.strerror}); "
-                f"{self.directory.remedy}"
+                f"no server {self.directory.name!r} runs here ({path}: {error.strerror}); {self.directory.remedy}"
             ) from error
 
     def _ask(self, request: Attach) -> None:

@@ -164,7 +164,8 @@ class Manifest:
             if isinstance(error, DiskError):
                 raise
             raise DiskError(
-                f"{store}: not a store ({MANIFEST_NAME}: {error.strerror}); make one with: sparseflow convert MODEL STORE"
+                f"{store}: not a store ({MANIFEST_NAME}: {error.strerror}); make one with: "
+                "sparseflow convert MODEL STORE"
             ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ShardCorrupt(
