@@ -216,7 +216,7 @@ def _going_on(content: dict[str, Any], before: dict[str, Any] | None) -> str:
 def _disk(disk: dict[str, Any]) -> Iterator[str]:
     yield (
         f"  disk       {_size(disk['bytes'])} in {disk['reads']} reads of {_number(disk['bundles_per_read'])} bundles; "
-        f"reading a layer takes {_ms(disk['latency_p50_s'])}, 99 % under {_ms(disk['latency_p99_s'])}"
+        f"a layer takes {_ms(disk['latency_p50_s'])}, 99 % under {_ms(disk['latency_p99_s'])}"
     )
     yield from (f"    {_plain(reason)}" for reason in disk["reasons"])
 

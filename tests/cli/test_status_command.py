@@ -26,7 +26,7 @@ def test_page_says_how_the_server_and_its_memory_are() -> None:
     text = page(made_status())
     assert text.startswith("server s: ready, pid 77, up 0:01:40, version 1.2.3, epoch abc\n")
     assert "hit rate 88%, 17 evictions" in line(text, "arena")
-    assert line(text, "disk").endswith("11 reads of 2.5 bundles; reading a layer takes 2.0 ms, 99 % under 50.0 ms")
+    assert line(text, "disk").endswith("11 reads of 2.5 bundles; a layer takes 2.0 ms, 99 % under 50.0 ms")
     assert line(text, "sessions").endswith("1 (at most 8 for each model)")
     assert line(text, "threads").endswith("2, all well")
     assert "40 of 50 slots used" in line(text, "model")
@@ -51,7 +51,7 @@ def test_what_is_unknown_is_said_to_be_and_is_never_0() -> None:
     text = page(status)
     assert "n/a of the stores in the page cache" in text
     assert "hit rate n/a" in text
-    assert "reading a layer takes n/a, 99 % under n/a" in text
+    assert "a layer takes n/a, 99 % under n/a" in text
     assert text.splitlines()[-2].split()[4:6] == ["n/a", "n/a"]
 
 
