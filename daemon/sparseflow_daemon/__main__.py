@@ -86,8 +86,8 @@ def _detach(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    if arguments.end_with_parent:
-        end_with_parent()
+    if arguments.end_with_parent is not None:
+        end_with_parent(arguments.end_with_parent)
     _take_all_descriptors()
     directory = RunDirectory.of(arguments.name)
     config = config_of(arguments)

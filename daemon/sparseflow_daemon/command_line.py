@@ -49,7 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_watching(parser, default)
     group = parser.add_argument_group("the process")
     group.add_argument(
-        "--end-with-parent", action="store_true", help="end, as by TERM, when the process that started it has ended"
+        "--end-with-parent",
+        type=number(int, 1),
+        metavar="PID",
+        help="end, as by TERM, when this process, which started it, has ended",
     )
     group.add_argument("--detach", action="store_true", help="leave it running, and return once it is ready")
     return parser

@@ -65,11 +65,10 @@ class Lifecycle:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
-def end_with_parent() -> None:
-    """Have the system send TERM when the process that started this one has ended, however it did (prctl(2))."""
-    parent = os.getppid()
+def end_with_parent(parent: int) -> None:
+    """Have the system send TERM when `parent`, which started this process, has ended, however it did (prctl(2))."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended just now
+    if os.getppid() != parent:  # it has ended already
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
@@ -28,7 +29,8 @@ class OwnWeightServer:
             arguments: of `sparseflow-daemon`, but for its name.
         """
         self.name = name
-        self._command = [sys.executable, "-m", "sparseflow_daemon", *arguments, "--name", name, "--end-with-parent"]
+        own = ["--name", name, "--end-with-parent", str(os.getpid())]
+        self._command = [sys.executable, "-m", "sparseflow_daemon", *arguments, *own]
         self._load_timeout_s = load_timeout_s
         self._process: Process | None = None
         self._keeping: asyncio.Task[None] | None = None

@@ -26,7 +26,7 @@ DEADLINE_S = 30.0
 ALL_OPTIONS = shlex.split(
     "one two --name n --memory 2GiB --cpu-cache-ratio 0.5 --io buffered --eviction lru --max-sessions 3 "
     "--drain-timeout 1.5 --gpu-timeout 2 --share-dense-gpu 1 --metrics-port 0 --metrics-host ::1 --log-format json "
-    "--debug --end-with-parent --detach"
+    "--debug --end-with-parent 1 --detach"
 )
 
 
@@ -178,7 +178,16 @@ sys.exit(daemon.main())
 """
 
 
-@pytest.mark.parametrize("words", [[], ["--detach"], ["--end-with-parent"]], ids=["foreground", "detach", "child"])
+def test_server_whose_parent_has_ended_before_it_began_ends(runtime: Path) -> None:
+    """What it is told is not who started it."""
+    command = [sys.executable, "-m", "sparseflow_daemon", "store", "--end-with-parent", str(os.getppid())]
+    finished = subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False)
+    assert finished.returncode in (143, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--detach"], ["--end-with-parent", str(os.getpid())]], ids=["foreground", "detach", "child"]
+)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_conversion_ends_with_who_waits_for_it(
     words: list[str], number: signal.Signals, code: int, runtime: Path, tmp_path: Path
