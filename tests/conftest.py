@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from filelock import FileLock
 from forked_program import start_servers
 
 import sparseflow
+
+# A suite in the background was told to ignore Ctrl-C; what it starts shall not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeFolder = Callable[[str, str], Path]
 

@@ -3,10 +3,12 @@
 import argparse
 import json
 import shutil
+import signal
 import sys
 import textwrap
-import time
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from sparseflow.errors import BadRequest, NoAnswer, ServerNotRunning, SparseFlowError
@@ -53,21 +55,38 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     name = arguments.server or _only_server()
     if arguments.prometheus:
         return _print_metrics(name, arguments.timeout)
-    try:
-        if arguments.watch is not None and not arguments.json and sys.stdout.isatty():
-            content = _watch_on_screen(_looks(name, arguments))
-        else:
-            content = _print(_looks(name, arguments), arguments.json)
-    except KeyboardInterrupt:
-        if arguments.watch is None:
-            raise
+    if arguments.watch is None:
+        content = _print(_looks(name, arguments, threading.Event()), arguments.json)
+        return content | {"ok": content["state"] != "degraded"}
+    with _interrupted() as stopped:
+        looks = _looks(name, arguments, stopped)
+        is_on_screen = not arguments.json and sys.stdout.isatty()
+        content = _watch_on_screen(looks) if is_on_screen else _print(looks, arguments.json)
+    if stopped.is_set():
         arguments.prints_json_itself = True  # it has
         return {"ok": True}
     return content | {"ok": content["state"] != "degraded"}
 
 
-def _looks(name: str, arguments: argparse.Namespace) -> Iterator[Look]:
-    """Each status that is asked for. A watch that has begun goes on while nobody answers.
+@contextmanager
+def _interrupted() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, which may come where an exception would be lost; a second one is an exception."""
+    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _looks(name: str, arguments: argparse.Namespace, stopped: threading.Event) -> Iterator[Look]:
+    """Each status that is asked for, until `stopped`. A watch that has begun goes on while nobody answers.
 
     Raises:
         ServerNotRunning, NoAnswer: at the first look, or at the last.
@@ -76,8 +95,8 @@ def _looks(name: str, arguments: argparse.Namespace) -> Iterator[Look]:
 
     n, is_last = 0, False
     while not is_last:
-        if n:
-            time.sleep(arguments.watch)
+        if n and stopped.wait(arguments.watch):
+            return
         n += 1
         is_last = arguments.watch is None or n == arguments.count
         try:

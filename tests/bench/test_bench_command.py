@@ -17,6 +17,18 @@ from sparseflow.cli.main import main
 MAIN = "import sys; from sparseflow.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
+@pytest.fixture
+def hub_home(demo_model: Path, tmp_path: Path) -> Path:
+    """`HF_HOME` with somebody/small-opt, as the hub has OPT: weights in a `.bin` file."""
+    repository = tmp_path / "hf" / "hub" / "models--somebody--small-opt"
+    snapshot = repository / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(demo_model, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(demo_model / "model.safetensors"), snapshot / "pytorch_model.bin")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    return tmp_path / "hf"
+
+
 @pytest.mark.parametrize(
     "cases",
     [
@@ -25,12 +37,14 @@ MAIN = "import sys; from sparseflow.cli.main import main; sys.exit(main(sys.argv
     ],
     ids=len,
 )
-def test_quick_mode_adds_up(tmp_path: Path, cases: tuple[str, ...]) -> None:
+def test_quick_mode_adds_up_for_a_published_model(hub_home: Path, tmp_path: Path, cases: tuple[str, ...]) -> None:
     table, figure = tmp_path / "table.csv", tmp_path / "figure"
     words = ("--csv", table, "--plot", figure, "--cases", *cases)
-    output = run_python(MAIN, "bench", "--quick", "--json", *words, timeout_s=300)
+    of_the_hub = {"HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
+    output = run_python(MAIN, "bench", "somebody/small-opt", "--quick", "--json", *words, timeout_s=300, **of_the_hub)
     result = json.loads(output)
     assert result["ok"]
+    assert result["conditions"]["checkpoint"] == "small-opt"
     assert list(result["summary"]) == list(cases)
     [memory], [random] = (result["machine"][name] for name in ("memory_bytes_per_s", "random_bytes_per_s"))
     for run in result["runs"]:
@@ -124,24 +138,6 @@ def test_wrong_usage_says_what_is_right(arguments: list[str], message: str, caps
         code = int(end.code or 0)
     assert code == 2
     assert message in capsys.readouterr().err
-
-
-def test_published_model_is_measured_by_its_hub_id(demo_model: Path, tmp_path: Path) -> None:
-    """As the hub has OPT: weights in a `.bin` file, in the hub's cache."""
-    repository = tmp_path / "hf" / "hub" / "models--somebody--small-opt"
-    snapshot = repository / "snapshots" / ("0123456789" * 4)
-    shutil.copytree(demo_model, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(load_file(demo_model / "model.safetensors"), snapshot / "pytorch_model.bin")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(snapshot.name)
-    output = run_python(
-        MAIN, "bench", "somebody/small-opt", "--quick", "--json", "--cases", "transformers", "sparseflow",
-        timeout_s=300, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1",
-    )  # fmt: skip
-    result = json.loads(output)
-    assert result["ok"]
-    assert result["conditions"]["checkpoint"] == "small-opt"
-    assert result["summary"]["sparseflow"]["same_as_dense"] == 1
 
 
 def test_partial_offloads_are_refused_where_layers_cannot_be_told_apart(

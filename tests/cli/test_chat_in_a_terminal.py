@@ -1,5 +1,6 @@
 """`sparseflow chat` in a terminal: Ctrl-C stops an answer, arrow keys bring lines back, Ctrl-D ends."""
 
+import time
 from pathlib import Path
 
 from terminal import Terminal
@@ -35,6 +36,7 @@ def test_a_session_outlives_ctrl_c_and_remembers_lines(demo_store: Path) -> None
         terminal.read_until(" ", 30)
         terminal.type("\x03")
         terminal.read_until("> ", 10)
+        time.sleep(0.5)  # a person is no quicker: Python hears of a signal once it waits for keys
         terminal.type("\x03")
         assert "Ctrl-D or /exit ends" in terminal.read_until("> ", 10)
         terminal.type("/reset\n")

@@ -1,6 +1,7 @@
 """The page of `sparseflow status`: what it says of a server, how it goes on, and how it fits a terminal."""
 
 import re
+import signal
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def test_single_look_says_nothing_of_rates_and_pages_of_one_watch_have_the_same_
 # --- watching
 
 
-GONE, STUCK = ServerNotRunning("no server"), NoAnswer("said nothing")
+GONE, STUCK, INTERRUPT = ServerNotRunning("no server"), NoAnswer("said nothing"), "Ctrl-C, while it is answered"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ GONE, STUCK = ServerNotRunning("no server"), NoAnswer("said nothing")
     [
         ([made_status(), GONE, GONE, made_status()], 0, 2, ["server s: no server; waiting"]),
         ([made_status(), STUCK, made_status()], 0, 2, ["server s: no answer; waiting"]),
-        ([made_status(), made_status(), KeyboardInterrupt()], 0, 2, []),
+        ([made_status(), INTERRUPT, made_status()], 0, 2, []),
         ([made_status(state="degraded", reasons=["x"]), made_status()], 0, 2, []),
         ([made_status(), made_status(state="degraded", reasons=["x"])], 1, 2, []),
         ([made_status(), GONE], 3, 1, ["sparseflow: error: no server"]),
@@ -140,6 +141,9 @@ def test_watch_that_has_begun_goes_on_until_its_last_look_or_ctrl_c(
         look = left.pop(0)
         if isinstance(look, BaseException):
             raise look
+        if look == INTERRUPT:
+            signal.raise_signal(signal.SIGINT)
+            return made_status()
         return dict(look)
 
     monkeypatch.setattr("sparseflow.protocol.inquiry.ask_status", ask_status)

@@ -91,7 +91,7 @@ def test_manifest_that_is_none_is_a_problem_told_once(shards: ServedShards, cont
 def test_folder_that_is_not_there_is_no_store(tmp_path: Path) -> None:
     (found,) = stores.look(tmp_path / "none").findings
     assert "not a store" in found.text
-    assert found.remedy == "make one with: sparseflow convert"
+    assert found.remedy == "make one with: sparseflow convert MODEL STORE"
 
 
 def test_store_without_direct_io_is_read_otherwise_and_says_why(

@@ -329,7 +329,8 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
         command = [sys.executable, "-m", "sparseflow", "status", *words]
-        environment = {**os.environ}  # without LINES and COLUMNS, which readline sets where only children see them
+        # Not what readline sets where only children see it.
+        environment = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")}
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
         os.close(theirs)
         self.shown = ""
@@ -346,8 +347,9 @@ class Terminal:
 
     def end(self) -> int:
         """All it has shown is read; its exit code."""
+        deadline = time.monotonic() + 60
         with suppress(OSError):
-            while select.select([self._ours], [], [], 10)[0]:
+            while select.select([self._ours], [], [], 10)[0] and time.monotonic() < deadline:
                 self.shown += os.read(self._ours, 1 << 16).decode()
         return self.process.wait(20)
 

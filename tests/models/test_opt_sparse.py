@@ -279,7 +279,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_converted(
     for wrong in (
         {"device": "cuda"},
         {"fidelity": "exakt"},
-        {"memory": "6GB"},
+        {"memory": "6 pounds"},
         {"dtype": "int8"},
         {"device_map": "auto"},
     ):
