@@ -106,6 +106,7 @@ def test_sparseflow_commands_of_a_page_run(page: Path, place: Path, runtime: Pat
         assert main(line[1:]) == 0, line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "console")], ids=lambda page: page.parent.name)
 def test_console_blocks_run_as_shown(page: Path, place: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole block, by the shell, with the environment of the tests; each command's output is there."""

@@ -18,6 +18,8 @@ from pathlib import Path
 warnings.simplefilter("error", UserWarning)  # pdoc's are
 write_reference(Path(sys.argv[2]), sys.argv[3:])
 """
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DOCUMENTED = sorted(name for name in sparseflow.__all__ if not name.startswith("_"))
 
@@ -64,7 +66,6 @@ def test_fields_of_the_settings_are_there_with_what_they_mean(front_page: str) -
     assert "nine tenths of what is free there" in section(front_page, "SparseFlowConfig.device_memory")
 
 
-@pytest.mark.slow
 def test_whole_reference_is_made_without_a_warning(tmp_path: Path) -> None:
     run_python(WRITE, SCRIPTS, tmp_path, "sparseflow", "sparseflow_daemon", timeout_s=600)
     pages = {page.relative_to(tmp_path).as_posix() for page in tmp_path.rglob("*.html")}

@@ -105,6 +105,7 @@ def test_commands_of_the_installed_package_start(installed: Path) -> None:
     assert "COMMAND" in run(installed / "python", "-m", "sparseflow", "--help")
 
 
+@pytest.mark.slow
 def test_demo_of_the_installed_package_gives_the_text_of_the_dense_model(installed: Path, tmp_path: Path) -> None:
     """Most of its time goes into kernels, which are compiled anew where the package is installed."""
     result = json.loads(run(installed / "sparseflow", "demo", "--json", SPARSEFLOW_HOME=str(tmp_path)))

@@ -66,6 +66,7 @@ def shown(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
     return text.split("PART")
 
 
+@pytest.mark.slow
 def test_each_long_step_has_a_bar(shown: list[str]) -> None:
     parts = shown[0].split("begin ['")[1:]
     assert len(parts) == len(BARS)
@@ -81,6 +82,7 @@ def test_there_is_none_where_they_are_not_wanted(shown: list[str], part: int, n_
     assert not [bar for bars in BARS.values() for bar in bars if bar in shown[part]]
 
 
+@pytest.mark.slow
 def test_there_is_none_where_nobody_looks(fork_server: None, demo_model: Path, tmp_path: Path) -> None:
     lines = ["sys.stderr = sys.stdout", "for words in commands[:3]: run(words)"]
     said = run_forked(program(demo_model, tmp_path, lines), timeout_s=240, **WITHOUT_PAUSES)

@@ -188,6 +188,7 @@ def test_worker_that_is_killed_is_an_error_for_its_request_and_another_one_comes
 
 
 def test_weight_server_that_is_killed_is_started_again_and_the_text_goes_on_unchanged(started: Any) -> None:
+    """And nothing is left of all of them when the API server is killed."""
     api = started("--workers", 1, "--cpu-cache-ratio", 0.3)
     whole = text(api, max_tokens=200)
     text(api, prompt=[2, *range(5, 30)])  # so that nothing of the first prompt is in the worker's cache
@@ -200,13 +201,19 @@ def test_weight_server_that_is_killed_is_started_again_and_the_text_goes_on_unch
     connection.close()
     until(lambda: json.loads(api.get("/health"))["status"] == "ok")
     assert api.weight_server().pid != old.pid
-    assert api.stop() == 0
+    connection, answer = asked(api, LONG | {"stream": True})
+    next(events(answer))
+    api.processes()
+    api.process.kill()
+    connection.close()
+    api.expect_nothing_left()
 
 
 def test_request_too_many_is_refused_and_keys_are_asked_for(started: Any, tmp_path: Path) -> None:
+    """And a text that is not complete in time, when the server is told to end, ends with an error."""
     keys = tmp_path / "keys"
     keys.write_text("one\n\ntwo\n")
-    api = started("--workers", 1, "--queue", 0, "--api-key-file", keys)
+    api = started("--workers", 1, "--queue", 0, "--api-key-file", keys, "--drain-timeout", 0.5)
     for wrong in ("three", "", "on"):
         connection, answer = asked(api, LONG, Authorization=f"Bearer {wrong}")
         assert (answer.status, json.loads(answer.read())["error"]["code"]) == (401, "invalid_api_key")
@@ -224,38 +231,18 @@ def test_request_too_many_is_refused_and_keys_are_asked_for(started: Any, tmp_pa
         endless.close()
         until(lambda: metrics(api)["sparseflow_requests"] == 0)
         assert client.completions.create(model="demo_model", prompt="a", max_tokens=1).usage
-    assert api.stop(signal.SIGINT) == 0
-
-
-def test_texts_that_are_not_complete_in_time_end_with_an_error_and_no_worker_is_started(started: Any) -> None:
-    api = started("--workers", 1, "--drain-timeout", 0.5)
-    connection, answer = asked(api, LONG | {"stream": True, "n": 100, "temperature": 1})
-    told = events(answer)
-    next(told)
-    waiting = asking(api, json.dumps(LONG).encode())
-    until(lambda: metrics(api)["sparseflow_requests"] == 2)
-    api.processes()
-    api.process.send_signal(signal.SIGTERM)
-    *_, last = told
-    connection.close()
-    assert last["error"]["code"] == "ending"
-    waiting.settimeout(DEADLINE_S)
-    assert b" 503 " in waiting.recv(4096).splitlines()[0]
-    waiting.close()
+        endless = client.completions.create(
+            model="demo_model", prompt="In the beginning", max_tokens=500, n=100, stream=True
+        )
+        next(iter(endless))
+        api.processes()
+        api.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="the server is ending"):
+            list(endless)
     assert api.process.wait(DEADLINE_S) == 0
     api.expect_nothing_left()
     assert "another one is started" not in api.log()
     assert "Traceback" not in api.log()
-
-
-def test_nothing_is_left_of_a_server_that_is_killed(started: Any) -> None:
-    api = started("--workers", 2)
-    connection, answer = asked(api, LONG | {"stream": True})
-    next(events(answer))
-    api.processes()
-    api.process.kill()
-    connection.close()
-    api.expect_nothing_left()
 
 
 def test_server_that_is_told_to_end_while_it_loads_leaves_nothing(started: Any) -> None:

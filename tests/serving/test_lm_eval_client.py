@@ -15,6 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from transformers import AutoTokenizer, OPTForCausalLM
 
+pytestmark = pytest.mark.slow
+
 CONTINUATIONS = [
     ("In the beginning", " of the Lord Jesus Christ."),  # what the model would say
     ("In the beginning God", " created the heaven and the earth."),
