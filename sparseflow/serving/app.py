@@ -109,8 +109,9 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     place = [str(part) for part in first["loc"] if isinstance(part, int) or part in _FIELDS]
     param = place[0] if place else None
     if first["type"] == "extra_forbidden":
-        place.append(str(first["loc"][-1]))
-        param = param or place[0]
+        unknown = str(first["loc"][-1])
+        place += [unknown] if place[-1:] != [unknown] else []  # a field of the other way to ask has its name in there
+        param = param or unknown
         return ApiError(400, "unknown_field", f"{'.'.join(place)}: not known here; leave it out", param)
     if first["type"] == "json_invalid":
         return ApiError(400, "invalid_json", f"the body is no JSON ({first['ctx']['error']})")

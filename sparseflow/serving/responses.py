@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ class Choice:
     finish_reason: str | None = None
 
 
-class Response:
+class Response(ABC):
     """Gathers the messages of a request's jobs, one a choice; a subclass knows the form of one way to ask."""
 
     prefix = ""
@@ -85,13 +86,13 @@ class Response:
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return self._head | {"object": self.chunk_object, "choices": [choice]}
 
+    @abstractmethod
     def _piece(self, index: int, piece: Piece | None) -> dict[str, Any]:
         """A choice of an event; None: the last event of a choice, without text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _text(self, choice: Choice) -> dict[str, Any]:
         """The text of a choice, and its logprobs."""
-        raise NotImplementedError
 
 
 class CompletionResponse(Response):

@@ -4,9 +4,11 @@ import asyncio
 from typing import Any
 
 import pytest
+from fastapi.exceptions import RequestValidationError
 
 from sparseflow.errors import BadRequest, DiskError
 from sparseflow.serving.api_error import ApiError
+from sparseflow.serving.app import _of_validation as wrong_field
 from sparseflow.serving.config import ServeConfig
 from sparseflow.serving.front import Front
 from sparseflow.serving.messages import (
@@ -60,6 +62,13 @@ def test_prompt_that_cannot_fit_is_refused_before_a_worker_has_it(front: Front, 
     with pytest.raises(ApiError, match="100 positions; shorten the prompt") as refused:
         front.fitting([Job(1, prompt=prompt)])
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("name", ["beams", "messages"])
+def test_unknown_field_is_named_once_also_where_another_route_knows_it(name: str) -> None:
+    error = wrong_field(RequestValidationError([{"type": "extra_forbidden", "loc": ("body", name), "msg": ""}]))
+    assert error.text == f"{name}: not known here; leave it out"
+    assert (error.status, error.code, error.param) == (400, "unknown_field", name)
 
 
 def test_health_says_who_is_missing(front: Front) -> None:
